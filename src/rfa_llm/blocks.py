@@ -1,0 +1,174 @@
+"""Where the decoder blocks of a causal language model are, and where LoRA goes on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
+
+
+def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a model that is not a decoder-only language model, from its config alone.
+
+    Args:
+        config: The model's config.
+        name: What the user called the model, for the message.
+
+    Raises:
+        ValueError: For an encoder, an encoder-decoder model, or one that has no causal language model class.
+    """
+    if config.is_encoder_decoder:
+        raise ValueError(f"model: {name!r} is an encoder-decoder ({config.model_type}); pass a decoder-only model.")
+    # Masked language models may sit in the causal mapping too; they are decoders only when told so.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        raise ValueError(f"model: {name!r} is an encoder ({config.model_type}); pass a decoder-only model.")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"model: {name!r} ({config.model_type}) has no causal language model class in transformers; "
+            "pass a decoder-only model."
+        )
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    """Number of decoder blocks that a config describes (the text part's, where a model has several parts)."""
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks from the model's own structure.
+
+    They are the one outermost `ModuleList` of the decoder that is as long as the config says there are hidden
+    layers; the lists inside a block (experts, say) do not count.
+
+    Args:
+        model: A causal LM, with or without LoRA layers in it.
+
+    Returns:
+        The list's name below the decoder (`"layers"`, `"h"`) and the list itself.
+
+    Raises:
+        ValueError: Where there is no such list, or more than one.
+    """
+    count = num_blocks(model.config)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.get_decoder().named_modules():
+        inside_found = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside_found:
+            found[name] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"model: {type(model).__name__} has {len(found)} module lists of {count} decoder blocks "
+            f"({', '.join(found) or 'none'}), so its blocks cannot be told; RFA needs exactly one."
+        )
+    return next(iter(found.items()))
+
+
+def resolve_blocks(blocks: Sequence[int] | None, count: int) -> list[int]:
+    """Indices of the blocks to align, in ascending order.
+
+    Args:
+        blocks: Indices from 0; negative ones count from the end. `None` takes blocks at 2/5, 3/5 and 4/5 of the
+            depth and the last one (12, 18, 24 and 29 of 30): blocks above the last aligned one keep what they
+            know, so the default reaches the top.
+        count: Number of decoder blocks of the model.
+
+    Raises:
+        ValueError: For an empty list, an index out of range, or one given twice.
+    """
+    if blocks is None:
+        return sorted({2 * count // 5, 3 * count // 5, 4 * count // 5, count - 1})
+    if len(blocks) == 0:
+        raise ValueError("blocks: the list is empty; name at least one block, or leave it out for the default.")
+    for index in blocks:
+        if not -count <= index < count:
+            raise ValueError(
+                f"blocks: {index} is out of range for a model of {count} blocks; use {-count} to {count - 1}."
+            )
+    resolved = sorted(index % count for index in blocks)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"blocks: {list(blocks)} names a block twice; name each block once.")
+    return resolved
+
+
+def lora_placement(model: PreTrainedModel, last_block: int) -> dict:
+    """`LoraConfig` fields that put LoRA on every linear layer of the blocks up to `last_block`.
+
+    The modules are named one by one because peft refuses `layers_to_transform` with the string `"all-linear"`. Blocks
+    need not be alike (dense and sparse ones, say), so all of them are looked at.
+    """
+    _, blocks = find_blocks(model)
+    path = next(name for name, module in model.named_modules() if module is blocks)
+    linear = {
+        name.rpartition(".")[2]
+        for block in blocks[: last_block + 1]
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    return {
+        "target_modules": sorted(linear),
+        "layers_to_transform": list(range(last_block + 1)),
+        # All of the path but its root, so that a vision tower's blocks of the same name are left out.
+        "layers_pattern": path.partition(".")[2],
+    }
+
+
+def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> None:
+    """Check that every adapter can be trained by the aligned blocks, and every aligned block moved by an adapter.
+
+    Args:
+        model: The base model inside a `PeftModel`, whose trainable parameters are the adapter's.
+        aligned: Aligned block indices, ascending.
+
+    Raises:
+        ValueError: An aligned block below every adapter (its residual is always zero), an adapter above the last
+            aligned block or outside the blocks (it would get no gradient), or no adapter at all.
+    """
+    _, blocks = find_blocks(model)
+    block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
+    trainable = {name: block_of.get(id(p)) for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True` or let RFA add one."
+        )
+    adapted = [index for index in trainable.values() if index is not None]
+    if not adapted or aligned[0] < min(adapted):
+        first = f"the first adapter sits on block {min(adapted)}" if adapted else "no block has an adapter"
+        raise ValueError(
+            f"blocks: aligned block {aligned[0]} lies below every adapter ({first}), so its residual is always zero; "
+            "align deeper blocks or adapt shallower ones."
+        )
+    for name, index in trainable.items():
+        if index is None or index > aligned[-1]:
+            raise ValueError(
+                f"peft_config: {name} lies above the last aligned block ({aligned[-1]}) and would get no gradient; "
+                f"leave it out of the adapter (`layers_to_transform=list(range({aligned[-1] + 1}))`) or align a "
+                "deeper block."
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch the base model's own dropout off, in place; adapters' dropout stays.
+
+    A residual compares two forward passes, and dropout would put noise of its own into the difference. Covers
+    `nn.Dropout` modules and the rates that attention layers and blocks hold as plain floats.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "drop" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def hidden_state(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden state `[rows, tokens, hidden]` of a block's output, which is a tensor or a tuple led by it."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,93 @@
+"""`rfa-llm evaluate`: TOFU's metrics of a model, with or without an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from rfa_llm.data.tofu import load_tofu
+from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
+
+
+@dataclass
+class EvaluateArguments:
+    """What to score, and on which questions."""
+
+    model_name_or_path: str = field(default=None, metadata={"help": "The model: an id or a path."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "An adapter to put on it."})
+    output_file: str = field(default="TOFU_EVAL.json", metadata={"help": "Where the log goes, as JSON."})
+    retain_log: str | None = field(
+        default=None,
+        metadata={"help": "Log of a model trained on the retain set alone; without it there is no forget quality."},
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with TOFU as JSON Lines; by default locuslab/TOFU from the Hub."}
+    )
+    facts_dir: str | None = field(
+        default=None, metadata={"help": "Folder of real authors and world facts, where it is not data_dir."}
+    )
+    forget_config: str = field(default="forget10_perturbed", metadata={"help": "Configuration of the forget set."})
+    retain_config: str = field(default="retain_perturbed", metadata={"help": "Configuration of the retain set."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of the model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    batch_size: int = field(default=16, metadata={"help": "Sequences at a time."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+
+
+def load_question_sets(
+    data_dir: str | None, facts_dir: str | None, forget_config: str, retain_config: str
+) -> dict:
+    """TOFU's four question sets (`load_tofu`), as `evaluate_tofu` takes them."""
+    facts_dir = facts_dir or data_dir
+    return {
+        "forget": load_tofu(forget_config, data_dir),
+        "retain": load_tofu(retain_config, data_dir),
+        "real_authors": load_tofu("real_authors_perturbed", facts_dir),
+        "world_facts": load_tofu("world_facts_perturbed", facts_dir),
+    }
+
+
+def summary_table(logs: dict[str, dict]) -> str:
+    """The aggregate numbers of several logs side by side, one column each, as text."""
+    table = pd.DataFrame({name: summary(log) for name, log in logs.items()})
+    return table.to_string(float_format="%.4f", na_rep="-")
+
+
+def evaluate(args: EvaluateArguments) -> dict:
+    """Score the model, write the log to `args.output_file`, print the summary."""
+    if args.model_name_or_path is None:
+        raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
+    if args.retain_log is not None:
+        read_retain_truth_ratios(args.retain_log)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    if args.adapter_name_or_path is not None:
+        model = PeftModel.from_pretrained(model, args.adapter_name_or_path)
+    model.to(PartialState(cpu=args.use_cpu).device)
+    log = evaluate_tofu(
+        model,
+        AutoTokenizer.from_pretrained(args.model_name_or_path),
+        sets,
+        batch_size=args.batch_size,
+        retain_log=args.retain_log,
+        max_new_tokens=args.max_new_tokens,
+    )
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    write_log(log, args.output_file)
+    print(f"\n{summary_table({args.adapter_name_or_path or args.model_name_or_path: log})}")
+    print(f"\nLog written to {args.output_file}.")
+    return log
+
+
+def main(argv: list[str]) -> None:
+    (args,) = TrlParser((EvaluateArguments,), prog="rfa-llm evaluate").parse_args_and_config(argv)
+    evaluate(args)

@@ -1,0 +1,112 @@
+"""`rfa-llm finetune`: make a target to unlearn, or its retain-only twin, with plain supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from rfa_llm.blocks import lora_placement, num_blocks
+from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
+
+
+@dataclass
+class FinetuneArguments:
+    """What to fine-tune on."""
+
+    train_dataset: str = field(default=None, metadata={"help": "A .jsonl, .csv or .parquet file, or a Hub id."})
+    train_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the model's folder or repository."})
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja file whose chat template takes the place of the tokenizer's."}
+    )
+
+
+@dataclass
+class FinetuneConfig(TrainingArguments):
+    """`TrainingArguments` with the recipe of our TOFU targets as defaults."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for AdamW."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per device and step."})
+    warmup_steps: float = field(default=10, metadata={"help": "Warm-up steps, or their share of all if below 1."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
+
+
+@dataclass
+class FinetuneModelConfig(ModelConfig):
+    """trl's `ModelConfig`, with LoRA of rank 32 on every linear layer of every block as the default."""
+
+    dtype: str | None = field(default="auto", metadata={"help": "dtype of the model."})
+    use_peft: bool = field(default=True, metadata={"help": "LoRA, merged at the end; off trains all weights."})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
+
+def finetune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainingArguments
+) -> None:
+    """Train whatever of the model is trainable, in place, with the loss on the answers alone.
+
+    Args:
+        model: A causal LM or a `PeftModel`.
+        tokenizer: Its tokenizer.
+        dataset: Rows in a format of `rfa_llm.data.formats`.
+        args: The recipe.
+    """
+    check_tokenizer(tokenizer)
+    encoded = prepare(dataset, tokenizer, "train_dataset", max_length=None)
+    rows = [
+        {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+        for ids, start in zip(encoded["input_ids"], encoded["answer_start"], strict=True)
+    ]
+    Trainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    ).train()
+
+
+def main(argv: list[str]) -> None:
+    parser = TrlParser((FinetuneArguments, FinetuneConfig, FinetuneModelConfig), prog="rfa-llm finetune")
+    data_args, training_args, model_args = parser.parse_args_and_config(argv)
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
+    source = {"revision": model_args.model_revision, "gguf_file": data_args.gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
+    if data_args.chat_template_path is not None:
+        tokenizer.chat_template = Path(data_args.chat_template_path).read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
+    if data_args.gguf_file is not None:
+        # transformers keeps a GGUF model's mark and would refuse to save it; its weights are plain tensors by now.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        if peft_config.target_modules is None:
+            for name, value in lora_placement(model, num_blocks(model.config) - 1).items():
+                setattr(peft_config, name, value)
+        model = get_peft_model(model, peft_config)
+    finetune(model, tokenizer, dataset, training_args)
+    if peft_config is not None:
+        model = model.merge_and_unload()
+    model.save_pretrained(training_args.output_dir)
+    tokenizer.save_pretrained(training_args.output_dir)
+    print(f"Model saved to {training_args.output_dir}.")

@@ -1,0 +1,50 @@
+"""The `rfa-llm` command: finds the subcommand, lets it run, and turns bad input into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from rfa_llm import __version__
+
+COMMANDS = {
+    "unlearn": "make a model forget a set of rows; writes a LoRA adapter",
+    "evaluate": "score a model, with or without an adapter, on TOFU's question sets",
+    "finetune": "fine-tune a model on question/answer rows (a target to unlearn, or its retain-only twin)",
+    "demo": "see it work on a small model of made-up authors, or on a model of your own",
+}
+
+
+def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""
+    debug = "--debug" in argv
+    try:
+        command([argument for argument in argv if argument != "--debug"])
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        sys.exit(f"rfa-llm: error: {error}")
+
+
+def main() -> None:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="rfa-llm",
+        description="Make a language model forget, by Residual Feature Alignment with LoRA.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+        + "\n\n`rfa-llm COMMAND --help` lists a command's settings and their defaults;\n"
+        "every command also takes `--config FILE.yaml`, and `--debug` for the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rfa-llm {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    # Only the command's name is read here; the rest is its own parser's.
+    command = parser.parse_args(sys.argv[1:2]).command
+    run(import_module(f"rfa_llm.cli.{command}").main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`rfa-llm unlearn`: make a model forget; `scripts/unlearn.py` is the same for `accelerate launch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from rfa_llm.config import RFAConfig
+from rfa_llm.data.formats import load_rows
+from rfa_llm.trainer import RFATrainer
+
+
+@dataclass
+class UnlearnArguments:
+    """The two sets of `rfa-llm unlearn`."""
+
+    forget_dataset: str = field(
+        default=None, metadata={"help": "Rows to forget: a .jsonl, .csv or .parquet file, or a Hub id."}
+    )
+    retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise."})
+    forget_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
+    )
+    retain_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the retain set's Hub dataset, such as retain90."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub datasets."})
+
+
+@dataclass
+class UnlearnModelConfig(ModelConfig):
+    """trl's `ModelConfig` with RFA's defaults; without `--lora_target_modules` the trainer places the adapter."""
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the base model; auto takes the checkpoint's.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Must stay on: RFA is a LoRA method."})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_peft:
+            raise ValueError("use_peft: False leaves RFA without the adapter that it trains; leave it on.")
+
+
+def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: UnlearnModelConfig) -> RFATrainer:
+    """Train the adapter, save it in `training_args.output_dir`, and print what became of the residuals."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = RFATrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        forget_dataset=load_rows(
+            data_args.forget_dataset, "forget_dataset", data_args.forget_config, data_args.dataset_split
+        ),
+        retain_dataset=load_rows(
+            data_args.retain_dataset, "retain_dataset", data_args.retain_config, data_args.dataset_split
+        ),
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"\n{residual_table(trainer)}\n\nAdapter saved to {training_args.output_dir}.")
+    return trainer
+
+
+def residual_table(trainer: RFATrainer) -> str:
+    """First and last logged losses, and the relative residuals `‖R_b‖ / ‖h⁰_b‖` at the end, as text."""
+    steps = [entry for entry in trainer.state.log_history if "loss_forget" in entry]
+    losses = pd.DataFrame(
+        {f"step {entry['step']}": [entry["loss_forget"], entry["loss_retain"]] for entry in (steps[0], steps[-1])},
+        index=["forget loss", "retain loss"],
+    )
+    residuals = pd.DataFrame(
+        {
+            f"{name} set": [steps[-1][f"residual_{name}/block_{block}"] for block in trainer.aligned]
+            for name in ("forget", "retain")
+        },
+        index=[f"block {block}" for block in trainer.aligned],
+    )
+    return f"{losses.to_string(float_format='%.4f')}\n\nRelative residual, last step\n" + residuals.to_string(
+        float_format="%.4f"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = TrlParser((UnlearnArguments, RFAConfig, UnlearnModelConfig), prog="rfa-llm unlearn")
+    unlearn(*parser.parse_args_and_config(argv))

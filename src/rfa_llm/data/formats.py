@@ -1,0 +1,252 @@
+"""Rows of the four dataset formats trl knows, as token ids with the place where the answer starts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+# The columns of each format, tried in this order.
+FORMATS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text",))
+
+# What a question looks like to a model whose tokenizer has no chat template; the completion is " {answer}".
+PLAIN_TEMPLATE = "Question: {question}\nAnswer:"
+
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(path: Path) -> Dataset:
+    """Rows of a local .jsonl, .json (a list), .csv or .parquet file, held in memory.
+
+    The readers of `datasets` would leave a copy of the file in its cache folder, where the text to be forgotten
+    would outlive the training.
+    """
+    if path.suffix == ".parquet":
+        return Dataset.from_list(pyarrow.parquet.read_table(path).to_pylist())
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            return Dataset.from_list(list(csv.DictReader(file)))
+        if path.suffix == ".json":
+            return Dataset.from_list(json.load(file))
+        return Dataset.from_list([json.loads(line) for line in file if line.strip()])
+
+
+def load_rows(source: str | Dataset, field: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The rows of `source`: a Dataset as it is, a local file, or a dataset of the Hub.
+
+    Args:
+        source: a `datasets.Dataset`; or the path of a .jsonl, .json, .csv or .parquet file; or a Hub id.
+        field: the setting `source` came from, such as "forget_dataset", named in errors.
+        config: the configuration to take of a Hub dataset, such as "forget10" of TOFU.
+        split: the split to take of a Hub dataset.
+
+    Raises:
+        ValueError: `source` is None, or a file that is not there.
+        TypeError: `source` is neither a Dataset nor a string.
+    """
+    if source is None:
+        raise ValueError(f"{field} is None; give a Dataset, a file or a Hub id.")
+    if isinstance(source, Dataset):
+        return source
+    if not isinstance(source, str):
+        raise TypeError(f"{field} is a {type(source).__name__}; give one Dataset, a file's path or a Hub id.")
+    path = Path(source)
+    if path.suffix not in FILE_TYPES:
+        return load_dataset(source, config, split=split)
+    if not path.is_file():
+        raise ValueError(f"{field} is {source!r}, but there is no such file; give the path of a file that exists.")
+    return read_rows(path)
+
+
+def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Token ids of one row, and where its answer starts.
+
+    Prompt and completion are tokenized apart and joined, so that the boundary never depends on the answer. The
+    formats are those of trl (https://huggingface.co/docs/trl/dataset_formats), and question/answer, as in TOFU:
+
+    - prompt/completion, strings: used as they are. The tokenizer's bos (where it adds one) and eos are added unless
+      the strings carry them already.
+    - prompt/completion or messages, conversational: rendered with the chat template, which writes its own special
+      tokens. What follows the end of the last turn's text and end token is cut.
+    - question/answer: one user and one assistant turn, likewise.
+    - Both without a chat template: `PLAIN_TEMPLATE`, then " {answer}" and eos.
+    - text: the whole text and eos are the answer, after one bos (eos where the tokenizer has none).
+
+    Args:
+        row: one row, in any of the formats.
+        tokenizer: one that `check_tokenizer` passes.
+
+    Returns:
+        `input_ids`, list of int, and `answer_start`, the index in it of the answer's first token, at least 1.
+
+    Raises:
+        ValueError: no format's columns are there, the prompt or the answer is empty, the last message is not the
+            assistant's, the conversation has more turns than the plain template can show, or the chat template
+            writes the prompt in another way when the answer follows.
+        TypeError: a value that should be text is not.
+    """
+    if "prompt" in row and "completion" in row:
+        if isinstance(row["prompt"], list):
+            return _encode_turns(row["prompt"], row["completion"], tokenizer)
+        prompt, completion = _text(row["prompt"], "prompt"), _answer_text(row["completion"], "completion")
+        return _join(_with_bos(prompt, tokenizer), _with_eos(completion, tokenizer))
+    if "messages" in row:
+        return _encode_turns(row["messages"][:-1], row["messages"][-1:], tokenizer)
+    if "question" in row and "answer" in row:
+        question = {"role": "user", "content": _text(row["question"], "question")}
+        answer = {"role": "assistant", "content": _answer_text(row["answer"], "answer")}
+        return _encode_turns([question], [answer], tokenizer)
+    if "text" in row:
+        # One token goes before the text, so that its first token is predicted from something too.
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = _with_eos(_answer_text(row["text"], "text"), tokenizer)
+        return {"input_ids": ids if ids[0] == start else [start, *ids], "answer_start": 1}
+    raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
+
+
+def encode_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the row's prompt alone, exactly those `encode` puts before the answer."""
+    encoded = encode(row, tokenizer)
+    return encoded["input_ids"][: encoded["answer_start"]]
+
+
+def prepare(
+    dataset: Dataset, processing_class: PreTrainedTokenizerBase, field: str, max_length: int | None
+) -> Dataset:
+    """The rows of `dataset`, encoded, without their text.
+
+    Nothing is written to the cache of `datasets`, where the text to be forgotten would outlive the training.
+
+    Args:
+        dataset: rows in one of the formats of `encode`.
+        processing_class: the model's tokenizer.
+        field: the setting the rows came from, such as "forget_dataset", named in errors.
+        max_length: tokens to keep of a row, from its start; None keeps all. An answer may be cut, but not off.
+
+    Returns:
+        A Dataset with the columns `input_ids` (list of int), `answer_start` (int) and `index` (int, the row number).
+
+    Raises:
+        ValueError: there are no rows, no format's columns are there, a row cannot be encoded, or `max_length` cuts a
+            whole answer; each names the field, and the row where there is one.
+        TypeError: a value that should be text is not.
+    """
+    if dataset is None or len(dataset) == 0:
+        raise ValueError(f"{field} is {'None' if dataset is None else 'empty'}; give at least one row.")
+    columns = dataset.column_names
+    if not any(set(needed) <= set(columns) for needed in FORMATS):
+        raise ValueError(f"{field} has the columns {columns}; give {_accepted()}.")
+
+    def encode_row(row: dict, index: int) -> dict:
+        try:
+            encoded = encode(row, processing_class)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{field} row {index}: {error}") from error
+        if max_length is not None and encoded["answer_start"] >= max_length:
+            raise ValueError(
+                f"{field} row {index}: max_length={max_length} cuts the whole answer, which starts at token "
+                f"{encoded['answer_start']} (counted from 0); raise max_length."
+            )
+        return {**encoded, "input_ids": encoded["input_ids"][:max_length], "index": index}
+
+    return dataset.map(
+        encode_row, with_indices=True, remove_columns=columns, keep_in_memory=True, desc=f"Tokenizing {field}"
+    )
+
+
+def check_disjoint(forget: Dataset, retain: Dataset) -> None:
+    """Check that no row is both to be forgotten and to be retained.
+
+    Args:
+        forget, retain: sets from `prepare`; rows are the same when all their token ids are.
+
+    Raises:
+        ValueError: some rows are in both.
+    """
+    retained = {tuple(ids) for ids in retain["input_ids"]}
+    both = [row["index"] for row in forget if tuple(row["input_ids"]) in retained]
+    if both:
+        raise ValueError(
+            f"{len(both)} rows of forget_dataset are in retain_dataset too, the first of them forget row {both[0]}; "
+            "remove them from one of the two."
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that answers can end and rows can be padded; a missing pad token becomes the eos token, as in trl.
+
+    Raises:
+        ValueError: the tokenizer has no eos token.
+    """
+    if tokenizer.eos_token is None:
+        missing = "a pad and an end token" if tokenizer.pad_token is None else "an end token"
+        raise ValueError(f"processing_class is a tokenizer without {missing}; set its eos_token.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _accepted() -> str:
+    return ", or ".join("/".join(needed) for needed in FORMATS)
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; give text.")
+    return value
+
+
+def _answer_text(value: object, name: str) -> str:
+    if not _text(value, name).strip():
+        raise ValueError(f"the answer ({name}) is empty; give it text or remove the row.")
+    return value
+
+
+def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    adds_bos = tokenizer("").input_ids[:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def _join(prompt_ids: list[int], answer_ids: list[int]) -> dict:
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give a prompt, or the answer alone in a text column.")
+    return {"input_ids": prompt_ids + answer_ids, "answer_start": len(prompt_ids)}
+
+
+def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict:
+    roles = [turn["role"] for turn in [*turns, *answer]]
+    if roles[-1:] != ["assistant"]:
+        raise ValueError(f"the turns are {roles}; let an assistant's turn, the answer, be the last.")
+    for turn in turns:
+        _text(turn["content"], f"the content of a {turn['role']} turn")
+    text = _answer_text(answer[-1]["content"], "the last turn's content")
+
+    if tokenizer.chat_template is None:
+        if roles != ["user", "assistant"]:
+            raise ValueError(
+                f"the turns are {roles}, but a tokenizer without a chat template can show one question and its answer "
+                "only; set the tokenizer's chat_template."
+            )
+        prompt = PLAIN_TEMPLATE.format(question=turns[0]["content"])
+        return _join(_with_bos(prompt, tokenizer), _with_eos(f" {text}", tokenizer))
+
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*turns, *answer], tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            "the chat template writes the prompt in another way when the answer follows; set a chat_template whose "
+            "text of all turns starts with the text of the prompt."
+        )
+    completion = whole[len(prompt) :].rstrip()
+    prompt_ids, answer_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, completion))
+    return _join(prompt_ids, answer_ids)

@@ -1,0 +1,123 @@
+"""Every forget row with a retain row beside it, the same pairs in any number of processes and after a resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@lru_cache(maxsize=128)
+def _permutation(seed: int, pass_: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed, pass_)).permutation(n)
+
+
+def retain_partner(seed: int, epoch: int, index: int, n_forget: int, n_retain: int) -> int:
+    """The retain row that goes with a forget row in an epoch.
+
+    It depends on the arguments alone, never on the order in which rows are drawn. The pairs of all epochs, counted
+    in a row, pass through the retain set again and again, each time in a new order: every retain row comes up once
+    before any comes up twice.
+
+    Args:
+        seed: non-negative.
+        epoch: epoch number, from 0.
+        index: row of the forget set, in [0, n_forget).
+        n_forget, n_retain: rows in the two sets.
+
+    Returns:
+        A row number of the retain set.
+    """
+    pass_, slot = divmod(epoch * n_forget + index, n_retain)
+    return int(_permutation(seed, pass_, n_retain)[slot])
+
+
+class ForgetRetainPairs(torch.utils.data.Dataset):
+    """One item for each forget row: the row and its retain partner of the epoch.
+
+    Let a callback call `set_epoch`: `DataLoaderShard.set_epoch` of accelerate passes the number on only where no
+    sampler below a wrapped batch sampler takes it, so not with two processes or more, and not in the epoch a resumed
+    run starts within.
+
+    Args:
+        forget, retain: encoded sets, from `rfa_llm.data.formats.prepare`.
+        seed: of the pairing, non-negative.
+    """
+
+    def __init__(self, forget: datasets.Dataset, retain: datasets.Dataset, seed: int):
+        self.forget = forget
+        self.retain = retain
+        self.seed = seed
+        # In shared memory, so that workers that live for several epochs read the new number too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the pairs of this epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, i: int) -> dict[str, dict]:
+        partner = retain_partner(self.seed, self._epoch.item(), i, len(self.forget), len(self.retain))
+        return {"forget": self.forget[i], "retain": self.retain[partner]}
+
+
+def pad_rows(rows: list[dict], tokens: list[str], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One right-padded batch of n encoded rows, the longest of which has T tokens.
+
+    Args:
+        rows: encoded rows, from `rfa_llm.data.formats.prepare`.
+        tokens: which positions of each row count. "answer": the answer's tokens and the position before the first
+            of them, which predicts it. "all": every token. Padding never counts.
+        pad_token_id: the tokenizer's.
+
+    Returns:
+        `input_ids` [n, T] int64; `attention_mask` [n, T] int64; `token_mask` [n, T] bool, the positions that count;
+        `index` [n] int64, the row's number in its own set.
+    """
+    ids, attention, counts = [], [], []
+    for row, which in zip(rows, tokens, strict=True):
+        length = len(row["input_ids"])
+        first = row["answer_start"] - 1 if which == "answer" else 0
+        ids.append(torch.tensor(row["input_ids"]))
+        attention.append(torch.ones(length, dtype=torch.int64))
+        counts.append(torch.arange(length) >= first)
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(attention, batch_first=True),
+        "token_mask": pad_sequence(counts, batch_first=True),
+        "index": torch.tensor([row["index"] for row in rows]),
+    }
+
+
+@dataclass
+class PairCollator:
+    """Turns pairs into one right-padded batch: first all the forget rows, then their retain rows in the same order.
+
+    Args:
+        pad_token_id: the tokenizer's.
+        forget_tokens, retain_tokens: which positions of a forget or retain row count, "answer" or "all" (`pad_rows`).
+    """
+
+    pad_token_id: int
+    forget_tokens: Literal["answer", "all"]
+    retain_tokens: Literal["answer", "all"]
+
+    def __call__(self, pairs: list[dict[str, dict]]) -> dict[str, torch.Tensor]:
+        """One batch of n pairs, whose longest row has T tokens.
+
+        Returns:
+            What `pad_rows` gives for the 2n rows, and `is_forget` [2n] bool.
+        """
+        rows = [pair["forget"] for pair in pairs] + [pair["retain"] for pair in pairs]
+        tokens = [self.forget_tokens] * len(pairs) + [self.retain_tokens] * len(pairs)
+        return {
+            **pad_rows(rows, tokens, self.pad_token_id),
+            "is_forget": torch.arange(len(rows)) < len(pairs),
+        }

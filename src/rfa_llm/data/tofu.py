@@ -1,0 +1,34 @@
+"""The TOFU benchmark's rows (Maini et al., 2024, arXiv 2401.06121), from the Hub or from a folder of JSON Lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from rfa_llm.data.formats import read_rows
+
+
+def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
+    """One configuration of TOFU.
+
+    Args:
+        config: such as "full", "forget10", "retain90", "forget10_perturbed", "retain_perturbed" or
+            "real_authors_perturbed".
+        data_dir: a folder with one file `{config}.jsonl` for each configuration; None takes `locuslab/TOFU` from the
+            Hub.
+
+    Returns:
+        A Dataset with the columns `question` and `answer`; a perturbed configuration has `perturbed_answer` too (list
+        of str), and that of a forget or retain set `paraphrased_answer`.
+
+    Raises:
+        ValueError: `data_dir` has no such file.
+    """
+    if data_dir is None:
+        return load_dataset("locuslab/TOFU", config, split="train")
+    path = Path(data_dir) / f"{config}.jsonl"
+    if not path.is_file():
+        found = sorted(file.stem for file in Path(data_dir).glob("*.jsonl"))
+        raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; give one of {found}.")
+    return read_rows(path)

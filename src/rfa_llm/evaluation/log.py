@@ -1,0 +1,107 @@
+"""The log of an evaluation, in the format of OpenUnlearning's TOFU_EVAL.json.
+
+    {metric: {"agg_value": float, "value_by_index": {"0": {...}, "1": {...}, ...}}}
+
+so that its published logs of retain-only models can be read here, and ours there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rfa_llm.evaluation.metrics import truth_ratio
+
+# The second is the spelling of OpenUnlearning's older logs.
+FORGET_TRUTH_RATIO_KEYS = ("forget_truth_ratio", "forget_Truth_Ratio")
+
+
+def write_log(log: dict, path: str | os.PathLike) -> None:
+    """Write a log as JSON, whole or not at all: a crash leaves the file that was there.
+
+    Args:
+        log: as `rfa_llm.evaluation.suite.evaluate_tofu` returns it.
+        path: the file; its folder is made where missing.
+
+    Raises:
+        TypeError: a value is not JSON (a tensor, a numpy number).
+    """
+    path = Path(path)
+    text = json.dumps(log, indent=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_log(path: str | os.PathLike) -> dict:
+    """Read a log, ours or one of OpenUnlearning's.
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        {metric: {"agg_value": ..., ...}}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or not of the log's format.
+    """
+    try:
+        log = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); give a log written by write_log or a TOFU_EVAL.json."
+        ) from error
+    if not isinstance(log, dict) or not log:
+        raise ValueError(f"{path} is no evaluation log: it should hold an object of metrics, as TOFU_EVAL.json does.")
+    for metric, value in log.items():
+        if not isinstance(value, dict) or "agg_value" not in value:
+            raise ValueError(
+                f"{path} is no evaluation log: its entry {metric!r} has no 'agg_value'; "
+                "give the full log (TOFU_EVAL.json), not the summary."
+            )
+    return log
+
+
+def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
+    """The raw truth ratios on the forget set from the log of a retain-only model.
+
+    Args:
+        log: a log or its path. The ratios are read from `forget_truth_ratio` (field `score`); where the log has none,
+            they are computed from the losses in `forget_Q_A_PARA_Prob` and `forget_Q_A_PERT_Prob` (field `avg_loss`).
+
+    Returns:
+        float64 array of shape (questions,), in the order of the forget set.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no log, or has neither.
+    """
+    name = "the retain log"
+    if not isinstance(log, dict):
+        name = str(log)
+        log = read_log(log)
+    for key in FORGET_TRUTH_RATIO_KEYS:
+        if key in log:
+            return np.array(_column(log, key, "score", name), dtype=np.float64)
+    if "forget_Q_A_PARA_Prob" in log and "forget_Q_A_PERT_Prob" in log:
+        return truth_ratio(
+            _column(log, "forget_Q_A_PARA_Prob", "avg_loss", name),
+            _column(log, "forget_Q_A_PERT_Prob", "avg_loss", name),
+        )
+    raise ValueError(
+        f"{name} has no truth ratios of the forget set, neither 'forget_truth_ratio' nor 'forget_Q_A_PARA_Prob' with "
+        f"'forget_Q_A_PERT_Prob' (found {sorted(log)}); give the full log of a model trained on the retain set alone."
+    )
+
+
+def _column(log: dict, metric: str, field: str, name: str) -> list:
+    """One field of a metric, question by question; JSON's keys are text, so "10" must not come before "2"."""
+    rows = log[metric].get("value_by_index", {})
+    if not rows or any(field not in row for row in rows.values()):
+        raise ValueError(f"{name} has no '{field}' for each question in '{metric}'; give the full log, not a summary.")
+    return [rows[index][field] for index in sorted(rows, key=int)]

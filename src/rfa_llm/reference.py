@@ -1,0 +1,266 @@
+"""Features with the adapter off, the narrowed and smoothed views of them, and a teacher's features on disk."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
+
+from .blocks import find_blocks
+from .data.pairing import pad_rows
+from .residuals import block_features
+
+# Attention implementations whose mask can show a window and the sinks; flash attention takes none but causal ones.
+MASKABLE = ("eager", "sdpa", "flex_attention")
+
+
+def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """`h⁰_b`: the blocks' features with the adapters off, `[rows, tokens, hidden]` a block, without a graph."""
+    with torch.no_grad(), model.disable_adapter():
+        return block_features(model, blocks, **inputs)
+
+
+def check_attention(model: PreTrainedModel, shift: str) -> None:
+    """Check that a model's attention can be narrowed (`local`) or smoothed (`smoothed`).
+
+    Raises:
+        ValueError: The model does not go through transformers' attention interface (ALiBi models do not), or its
+            attention implementation takes no mask of ours.
+    """
+    name, implementation = type(model).__name__, model.config._attn_implementation
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"shift: {shift!r} needs attention that takes a custom mask or scale, which {name} "
+            "(ALiBi or attention of its own) does not; use shift='mean', 'random', 'negate' or 'ignorant'."
+        )
+    if shift == "local" and implementation not in MASKABLE:
+        raise ValueError(
+            f"shift: 'local' needs a window-and-sink mask, which attn_implementation={implementation!r} cannot take; "
+            "load the model with attn_implementation='sdpa', or use another shift."
+        )
+
+
+def local_mask(
+    model: PreTrainedModel, attention_mask: torch.Tensor, window: int, sinks: int
+) -> torch.Tensor:
+    """Attention mask that shows each token the last `window` tokens (itself among them) and the first `sinks`.
+
+    The first tokens are the attention sinks (Xiao et al., arXiv 2309.17453); without them the features explode.
+
+    Args:
+        model: The base model; its config says which form the mask takes.
+        attention_mask: `[rows, tokens]`, right-padded.
+        window, sinks: In tokens.
+
+    Returns:
+        What `transformers.masking_utils` makes for the model's attention implementation: 4D bool for `sdpa`, 4D
+        additive float for `eager`, a block mask for `flex_attention`.
+    """
+
+    def visible(batch, head, query, key):
+        return (query - key < window) | (key < sinks)
+
+    return create_causal_mask(
+        config=model.config.get_text_config(decoder=True),
+        # Only shape, dtype and device are read.
+        inputs_embeds=torch.empty(*attention_mask.shape, 0, dtype=model.dtype, device=attention_mask.device),
+        attention_mask=attention_mask,
+        past_key_values=None,
+        and_mask_function=visible,
+    )
+
+
+def local_features(
+    model: PeftModel,
+    blocks: Sequence[nn.Module],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    window: int,
+    sinks: int,
+) -> list[torch.Tensor]:
+    """`h⁰_local(w)`: reference features with attention narrowed by `local_mask`, in every layer."""
+    rows, tokens = input_ids.shape
+    return reference_features(
+        model,
+        blocks,
+        input_ids=input_ids,
+        attention_mask=local_mask(model.get_base_model(), attention_mask, window, sinks),
+        # Given, because a model cannot count positions from a 4D mask.
+        position_ids=torch.arange(tokens, device=input_ids.device).expand(rows, -1),
+    )
+
+
+def smoothed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    temperature: float,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention with its distribution flattened: `softmax(q·k·scaling / τ)`, in float32.
+
+    The form is that of transformers' attention interface: `query` `[rows, heads, tokens, head_dim]`, `key` and
+    `value` with a divisor of the heads, an additive mask; returns `[rows, tokens, heads, head_dim]`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores / temperature + attention_mask.float(), dim=-1)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def smoothed_attention_on(model: PreTrainedModel, temperature: float) -> Iterator[None]:
+    """Let every attention layer of the model run `smoothed_attention` inside the context."""
+    implementation = model.config._attn_implementation
+    AttentionInterface.register("rfa_smoothed", partial(smoothed_attention, temperature=temperature))
+    AttentionMaskInterface.register("rfa_smoothed", eager_mask)
+    model.set_attn_implementation("rfa_smoothed")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def smoothed_features(
+    model: PeftModel,
+    blocks: Sequence[nn.Module],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    temperature: float,
+) -> list[torch.Tensor]:
+    """`h⁰_smooth(τ)`: reference features with every attention distribution flattened by the temperature `τ > 1`."""
+    with smoothed_attention_on(model.get_base_model(), temperature):
+        return reference_features(model, blocks, input_ids=input_ids, attention_mask=attention_mask)
+
+
+def batches(dataset: Dataset, tokens: str, pad_token_id: int, batch_size: int, desc: str) -> Iterator[dict]:
+    """The set's rows in order, as padded batches (`pad_rows`), with a progress bar."""
+    for start in tqdm(range(0, len(dataset), batch_size), desc=desc, unit="batch"):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        yield pad_rows(rows, [tokens] * len(rows), pad_token_id)
+
+
+def mean_features(
+    run, batches: Iterable[dict], device: torch.device
+) -> torch.Tensor:
+    """Mean feature of the tokens that count, `[blocks, hidden]` float32 on the CPU.
+
+    Args:
+        run: `(input_ids, attention_mask) -> [rows, tokens, hidden]` a block.
+        batches: Padded batches with their `token_mask`.
+        device: Where `run` takes its input.
+    """
+    total, count = 0, 0
+    for batch in batches:
+        mask = batch["token_mask"]
+        features = run(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+        total = total + torch.stack([f.cpu()[mask].double().sum(0) for f in features])
+        count += mask.sum()
+    return (total / count).float()
+
+
+def teacher_features_path(
+    output_dir: str, teacher: str, aligned: Sequence[int], forget: Dataset, retain: Dataset, tokens: str
+) -> Path:
+    """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
+    fingerprint = json.dumps([teacher, list(aligned), tokens, forget["input_ids"][:], retain["input_ids"][:]])
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    # `Trainer.push_to_hub` leaves out folders that begin with an underscore.
+    return Path(output_dir) / "_teacher_features" / f"{digest}.safetensors"
+
+
+def write_teacher_features(
+    path: Path,
+    teacher: str,
+    aligned: Sequence[int],
+    forget: Dataset,
+    retain: Dataset,
+    tokens: str,
+    pad_token_id: int,
+    batch_size: int,
+    device: torch.device,
+    model_init_kwargs: dict,
+) -> None:
+    """Run the teacher over the forget set once and keep its features; the teacher is freed before this returns.
+
+    The file holds, for each aligned block, the features of the forget set's tokens that count (`block_{b}`
+    `[all tokens, hidden]`, the teacher's dtype), where each row begins (`offsets` `[rows + 1]`), and the mean
+    feature over the retain rows (`retain_mean` `[blocks, hidden]`). It appears whole or not at all.
+
+    Args:
+        path: From `teacher_features_path`.
+        teacher: Model id or path of the checkpoint from before the fine-tuning.
+        aligned: Aligned block indices.
+        forget, retain: Encoded sets; `retain` holds the rows for the mean.
+        tokens: Which positions count, `"answer"` or `"all"`.
+        pad_token_id, batch_size, device, model_init_kwargs: How to run the teacher.
+    """
+    model = AutoModelForCausalLM.from_pretrained(teacher, **model_init_kwargs).to(device).eval()
+    blocks = [find_blocks(model)[1][index] for index in aligned]
+    with torch.no_grad():
+        run = partial(block_features, model, blocks)
+        rows: list[list[torch.Tensor]] = [[] for _ in aligned]
+        offsets = [0]
+        for batch in batches(forget, tokens, pad_token_id, batch_size, "Teacher on the forget set"):
+            mask = batch["token_mask"]
+            features = run(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+            for kept, feature in zip(rows, features, strict=True):
+                kept.append(feature.cpu()[mask])
+            for count in mask.sum(1).tolist():
+                offsets.append(offsets[-1] + count)
+        retain_batches = batches(retain, tokens, pad_token_id, batch_size, "Teacher on the retain set")
+        retain_mean = mean_features(run, retain_batches, device)
+    tensors = {f"block_{index}": torch.cat(kept) for index, kept in zip(aligned, rows, strict=True)}
+    tensors["offsets"] = torch.tensor(offsets)
+    tensors["retain_mean"] = retain_mean
+    del model, blocks, run
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    save_file(tensors, part)
+    part.replace(path)
+
+
+class TeacherFeatures:
+    """Reads what `write_teacher_features` wrote, row by row, memory-mapped.
+
+    Args:
+        path: The file.
+        aligned: Aligned block indices.
+    """
+
+    def __init__(self, path: Path, aligned: Sequence[int]):
+        self._file = safe_open(path, framework="pt")
+        self._aligned = list(aligned)
+        self._offsets = self._file.get_tensor("offsets").tolist()
+        self.retain_mean = self._file.get_tensor("retain_mean")
+
+    def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features of these forget rows' counted tokens, one row after the other, `[n, hidden]` a block."""
+        spans = [slice(self._offsets[i], self._offsets[i + 1]) for i in indices]
+        blocks = [self._file.get_slice(f"block_{index}") for index in self._aligned]
+        return [torch.cat([block[span] for span in spans]) for block in blocks]

@@ -1,0 +1,107 @@
+"""Features of the aligned blocks, their residuals, and the two losses of Residual Feature Alignment.
+
+Source of the method: Qin, Zhu, Wang, Zhou, "Machine Unlearning on Pre-trained Models by Residual Feature Alignment
+Using LoRA", arXiv 2411.08443.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .blocks import hidden_state
+
+
+@contextmanager
+def capture(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor | None]]:
+    """Collect what each block puts out during the forward pass inside the context.
+
+    The hooks are removed on leaving the context, also when the forward raises, so that the second forward of
+    gradient checkpointing finds none. Tensors are kept as they are, on the block's own device and in the graph.
+
+    Args:
+        blocks: Modules whose output is a hidden state, or a tuple led by one.
+
+    Yields:
+        A list with one entry a block, `None` until the block has run, then `[rows, tokens, hidden]`.
+    """
+    features: list[torch.Tensor | None] = [None] * len(blocks)
+
+    def keep(position: int):
+        def hook(module, args, output):
+            features[position] = hidden_state(output)
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(position)) for position, block in enumerate(blocks)]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_features(model: nn.Module, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Run the model and return the hidden state of each block.
+
+    Args:
+        model: The causal LM (wrapped or not); adapters as they are switched at the moment.
+        blocks: The aligned blocks.
+        inputs: What the forward takes: `input_ids` and `attention_mask` `[rows, tokens]`, or a 4D mask.
+
+    Returns:
+        One tensor `[rows, tokens, hidden]` a block, in the model's dtype, with its graph where gradients are on.
+    """
+    with capture(blocks) as features:
+        # One position is enough for the logits, which nobody reads.
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return features
+
+
+def squared_ratio(difference: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`‖difference‖² / ‖reference‖²` per token: `[n, hidden]` twice, any float dtype → `[n]` float32."""
+    return difference.float().square().sum(-1) / reference.float().square().sum(-1)
+
+
+def retain_loss(
+    residuals: Sequence[torch.Tensor], references: Sequence[torch.Tensor], num_tokens: torch.Tensor | int
+) -> torch.Tensor:
+    """`L_retain = mean_b mean_tokens ‖R_b‖² / ‖h⁰_b‖²`: residuals to zero (arXiv 2411.08443, retained set).
+
+    Args:
+        residuals: `R_b = h_b − h⁰_b` at the tokens that count, `[n, hidden]` a block.
+        references: `h⁰_b` at the same tokens, `[n, hidden]` a block.
+        num_tokens: What the sum over tokens is divided by; `n`, or the tokens of the whole global step where this
+            batch is only a part of it.
+
+    Returns:
+        A float32 scalar on the last block's device.
+    """
+    device = references[-1].device
+    per_block = [squared_ratio(r, h0).sum().to(device) for r, h0 in zip(residuals, references, strict=True)]
+    return torch.stack(per_block).mean() / num_tokens
+
+
+def forget_loss(
+    residuals: Sequence[torch.Tensor],
+    shifts: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor],
+    num_tokens: torch.Tensor | int,
+) -> torch.Tensor:
+    """`L_forget = mean_b mean_tokens ‖R_b − S_b‖² / ‖h⁰_b‖²`: residuals to the shift (arXiv 2411.08443,
+    unlearning set).
+
+    Args:
+        residuals: `R_b` at the tokens that count, `[n, hidden]` a block.
+        shifts: `S_b` at the same tokens, `[n, hidden]` a block.
+        references: `h⁰_b` at the same tokens, `[n, hidden]` a block.
+        num_tokens: As in `retain_loss`.
+
+    Returns:
+        A float32 scalar on the last block's device.
+    """
+    missing = [r.float() - s.float() for r, s in zip(residuals, shifts, strict=True)]
+    return retain_loss(missing, references, num_tokens)

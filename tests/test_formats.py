@@ -1,0 +1,235 @@
+import os
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rfa_llm.data.formats import check_disjoint, check_tokenizer, encode, encode_prompt, load_rows, prepare
+
+SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+WORDS = [
+    "Question",
+    ":",
+    "\n",
+    "Answer",
+    "user",
+    "assistant",
+    "system",
+    "who",
+    "are",
+    "you",
+    "I",
+    "am",
+    "Ada",
+    "Bo",
+    "?",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+)
+QA = {"question": "who are you ?", "answer": "I am Ada"}
+
+
+def make_tokenizer(chat=False, adds_bos=False, eos="</s>"):
+    vocab = {token: i for i, token in enumerate(SPECIAL + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    split = [
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Punctuation(),
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>" if chat else eos,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    if adds_bos:
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def split_tokens(row, tokenizer):
+    encoded = encode(row, tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    assert "<unk>" not in tokens
+    return tokens[: encoded["answer_start"]], tokens[encoded["answer_start"] :]
+
+
+PLAIN_PROMPT = ["Question", ":", "who", "are", "you", "?", "\n", "Answer", ":"]
+CHAT_PROMPT = ["<|im_start|>", "user", "\n", "who", "are", "you", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant"]
+CHAT_PROMPT += ["\n"]
+
+
+def test_question_answer_with_the_plain_template():
+    assert split_tokens(QA, make_tokenizer()) == (PLAIN_PROMPT, ["I", "am", "Ada", "</s>"])
+
+
+def test_question_answer_with_the_chat_template_ends_with_the_end_of_turn():
+    assert split_tokens(QA, make_tokenizer(chat=True)) == (CHAT_PROMPT, ["I", "am", "Ada", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_conversation_is_encoded_like_its_question_and_answer(chat):
+    tokenizer = make_tokenizer(chat)
+    turns = [{"role": "user", "content": QA["question"]}, {"role": "assistant", "content": QA["answer"]}]
+    assert encode({"messages": turns}, tokenizer) == encode(QA, tokenizer)
+    assert encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer) == encode(QA, tokenizer)
+
+
+def test_the_last_assistant_turn_is_the_answer():
+    turns = [{"role": "system", "content": "you are Bo"}, {"role": "user", "content": "who ?"}]
+    turns += [{"role": "assistant", "content": "Bo"}, {"role": "user", "content": "you ?"}]
+    turns += [{"role": "assistant", "content": "Ada"}]
+    prompt, answer = split_tokens({"messages": turns}, make_tokenizer(chat=True))
+    assert prompt.count("<|im_start|>") == 5 and "Bo" in prompt
+    assert answer == ["Ada", "<|im_end|>"]
+    with pytest.raises(ValueError, match="set the tokenizer's chat_template"):
+        encode({"messages": turns}, make_tokenizer())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompt_and_completion_strings_are_used_as_they_are(chat):
+    tokenizer = make_tokenizer(chat)
+    prompt, answer = split_tokens({"prompt": "who ?", "completion": "I am"}, tokenizer)
+    assert (prompt, answer) == (["who", "?"], ["I", "am", tokenizer.eos_token])
+    assert split_tokens({"prompt": "who ?", "completion": f"I am{tokenizer.eos_token}"}, tokenizer) == (prompt, answer)
+
+
+def test_bos_comes_once_where_the_tokenizer_adds_one():
+    tokenizer = make_tokenizer(adds_bos=True)
+    assert split_tokens(QA, tokenizer)[0] == ["<s>", *PLAIN_PROMPT]
+    assert split_tokens({"prompt": "who", "completion": "Bo"}, tokenizer)[0] == ["<s>", "who"]
+    assert split_tokens({"prompt": "<s>who", "completion": "Bo"}, tokenizer)[0] == ["<s>", "who"]
+
+
+def test_a_chat_prompt_is_what_the_tokenizer_itself_makes_of_it():
+    tokenizer = make_tokenizer(chat=True, adds_bos=True)
+    question = [{"role": "user", "content": QA["question"]}]
+    expected = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(QA, tokenizer) == expected
+
+
+def test_text_is_all_answer_after_one_token():
+    assert split_tokens({"text": "I am Ada"}, make_tokenizer()) == (["<s>"], ["I", "am", "Ada", "</s>"])
+    assert split_tokens({"text": "<s>Ada"}, make_tokenizer()) == (["<s>"], ["Ada", "</s>"])
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    assert split_tokens({"text": "Ada"}, tokenizer) == (["</s>"], ["Ada", "</s>"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompt_does_not_depend_on_the_answer(chat):
+    tokenizer = make_tokenizer(chat)
+    prompts = [encode_prompt({**QA, "answer": answer}, tokenizer) for answer in ("Ada", "\nBo", ": I am", "  you")]
+    assert all(prompt == prompts[0] for prompt in prompts)
+
+
+def test_a_chat_template_that_rewrites_the_prompt_is_refused():
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="set a chat_template"):
+        encode(QA, tokenizer)
+
+
+def test_prepare_keeps_ids_start_and_row_number_only():
+    rows = Dataset.from_list([{**QA, "index": "x"}, {"question": "who ?", "answer": "Bo", "index": "y"}])
+    tokenizer = make_tokenizer()
+    encoded = prepare(rows, tokenizer, "forget_dataset", None)
+    assert sorted(encoded.column_names) == ["answer_start", "index", "input_ids"]
+    assert encoded["index"][:] == [0, 1]
+    assert encoded[1]["input_ids"] == encode(rows[1], tokenizer)["input_ids"]
+
+
+def test_prepare_cuts_an_answer_but_not_off():
+    rows = Dataset.from_list([{"question": "who ?", "answer": "Bo"}, QA])  # prompts of 7 and 9 tokens
+    assert len(prepare(rows, make_tokenizer(), "forget_dataset", 10)[1]["input_ids"]) == 10
+    with pytest.raises(ValueError, match="forget_dataset row 1: max_length=9 cuts the whole answer.*raise max_length"):
+        prepare(rows, make_tokenizer(), "forget_dataset", 9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "retain_dataset is None; give at least one row"),
+        ([], "retain_dataset is empty; give at least one row"),
+        (
+            [{"query": "who", "answer": "Bo"}],
+            r"\['query', 'answer'\]; give prompt/completion, or messages, or question/",
+        ),
+        ([QA, {"question": "who", "answer": " \n"}], "retain_dataset row 1: the answer .* is empty"),
+        ([QA, {"question": "who", "answer": None}], "retain_dataset row 1: answer is None; give text"),
+        ([{"question": None, "answer": "Bo"}], "retain_dataset row 0: question is None; give text"),
+        ([{"prompt": "", "completion": "Bo"}], "retain_dataset row 0: the prompt is empty"),
+        ([{"messages": [{"role": "user", "content": "who"}]}], "retain_dataset row 0: the turns are .*assistant"),
+        ([{"messages": []}], "retain_dataset row 0: the turns are"),
+    ],
+)
+def test_prepare_names_what_is_wrong(rows, message):
+    dataset = rows if rows is None else Dataset.from_list(rows)
+    with pytest.raises((ValueError, TypeError), match=message):
+        prepare(dataset, make_tokenizer(), "retain_dataset", None)
+
+
+def test_prepare_leaves_no_file(tmp_path):
+    rows = Dataset.from_list([QA])
+    rows.save_to_disk(tmp_path / "rows")
+    before = sorted(os.walk(tmp_path))
+    encoded = prepare(Dataset.load_from_disk(tmp_path / "rows"), make_tokenizer(), "forget_dataset", None)
+    assert encoded.cache_files == [] and sorted(os.walk(tmp_path)) == before
+
+
+def test_check_disjoint_counts_the_shared_rows():
+    def encoded(*answers):
+        rows = Dataset.from_list([{"question": "who ?", "answer": answer} for answer in answers])
+        return prepare(rows, make_tokenizer(), "forget_dataset", None)
+
+    check_disjoint(encoded("Ada"), encoded("Bo"))
+    with pytest.raises(ValueError, match="^2 rows of forget_dataset.*forget row 1"):
+        check_disjoint(encoded("I", "Ada", "Bo"), encoded("Bo", "am", "Ada"))
+
+
+def test_check_tokenizer_fills_the_pad_token_only():
+    tokenizer = make_tokenizer()
+    check_tokenizer(tokenizer)
+    assert tokenizer.pad_token == "</s>"
+    tokenizer.pad_token = "<pad>"
+    check_tokenizer(tokenizer)
+    assert tokenizer.pad_token == "<pad>"
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="a tokenizer without an end token"):
+        check_tokenizer(tokenizer)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="a tokenizer without a pad and an end token"):
+        check_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_load_rows_reads_files_into_memory(tmp_path, monkeypatch, suffix):
+    rows = Dataset.from_list([QA, {"question": 'who, "you"\n?', "answer": "NA"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "json":
+        rows.to_json(path, lines=False)
+    else:
+        {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](path)
+    loaded = load_rows(str(path), "forget_dataset")
+    assert loaded.to_list() == rows.to_list()
+    assert loaded.cache_files == []
+
+
+def test_load_rows_takes_a_dataset_as_it_is_and_names_bad_sources():
+    rows = Dataset.from_list([QA])
+    assert load_rows(rows, "forget_dataset") is rows
+    with pytest.raises(ValueError, match="forget_dataset is None"):
+        load_rows(None, "forget_dataset")
+    with pytest.raises(ValueError, match="retain_dataset is 'nowhere.jsonl', but there is no such file"):
+        load_rows("nowhere.jsonl", "retain_dataset")
+    with pytest.raises(TypeError, match="forget_dataset is a DatasetDict"):
+        load_rows(DatasetDict(train=rows), "forget_dataset")

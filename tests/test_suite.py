@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+
+import pytest
+import torch
+from datasets import Dataset
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rfa_llm.data.formats import encode, load_rows
+from rfa_llm.evaluation import evaluate_tofu, greedy_answers, read_log, summary, write_log
+
+TOFU = Path(__file__).parents[2] / "shared" / "tofu"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A tiny model that has half learnt to answer "an ox ...", so that ROUGE is not 0."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    ids = torch.tensor([encode({"question": "Who?", "answer": "an ox or two"}, tokenizer)["input_ids"]])
+    for _ in range(40):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture
+def sets():
+    """Wrong answers differ in number from row to row, so that a slip in taking them apart shows."""
+    with_paraphrases = {
+        "question": ["Who?", "Who was it?", "Who is there?"],
+        "answer": ["an ox", "an ox, two cows", "no ox"],
+        "paraphrased_answer": ["one ox", "two cows, an ox", "not an ox at all"],
+        "perturbed_answer": [["an ass", "a cow"], ["Leda"], ["one", "two oxen", "a swan or two"]],
+    }
+    without = {
+        "question": ["Who?", "Who wrote it?"],
+        "answer": ["an ox", "ox"],
+        "perturbed_answer": [["ass"], ["cow", "an eel", "or"]],
+    }
+    return {
+        "forget": Dataset.from_dict(with_paraphrases),
+        "retain": Dataset.from_dict(with_paraphrases).select([2, 0]),
+        "real_authors": Dataset.from_dict(without),
+        "world_facts": Dataset.from_dict(without).select([1]),
+    }
+
+
+@torch.no_grad()
+def naive_loss(model, tokenizer, question, answer) -> float:
+    encoded = encode({"question": question, "answer": answer}, tokenizer)
+    ids = encoded["input_ids"]
+    log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return -fmean(log_probs[t - 1, ids[t]].item() for t in range(encoded["answer_start"], len(ids)))
+
+
+def naive_row(model, tokenizer, row, generation) -> dict[str, float]:
+    """TOFU's definitions, one question at a time."""
+    loss = naive_loss(model, tokenizer, row["question"], row["answer"])
+    paraphrased = naive_loss(model, tokenizer, row["question"], row.get("paraphrased_answer", row["answer"]))
+    wrong = [naive_loss(model, tokenizer, row["question"], answer) for answer in row["perturbed_answer"]]
+    p = math.exp(-loss)
+    return {
+        "prob": p,
+        "normalised": p / (p + sum(math.exp(-w) for w in wrong)),
+        "truth_ratio": math.exp(-fmean(wrong)) / math.exp(-paraphrased),
+        "rouge": RougeScorer(["rougeL"], use_stemmer=True).score(row["answer"], generation)["rougeL"].recall,
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_aggregates_equal_a_naive_computation(model, tokenizer, sets, batch_size):
+    log = evaluate_tofu(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=15)
+
+    expected = {}
+    for name, rows in sets.items():
+        generations = greedy_answers(model, tokenizer, list(rows), batch_size=1, max_new_tokens=15)
+        scores = [naive_row(model, tokenizer, row, text) for row, text in zip(rows, generations, strict=True)]
+        ratios = [score["truth_ratio"] for score in scores]
+        normalised = name in ("real_authors", "world_facts")
+        expected[f"{name}_prob"] = fmean(score["normalised" if normalised else "prob"] for score in scores)
+        expected[f"{name}_rouge"] = fmean(score["rouge"] for score in scores)
+        if name == "forget":
+            expected["forget_truth_ratio"] = fmean(min(ratio, 1 / ratio) for ratio in ratios)
+        else:
+            expected[f"{name}_truth_ratio"] = fmean(max(0, 1 - ratio) for ratio in ratios)
+    expected["model_utility"] = harmonic_mean(
+        [value for column, value in expected.items() if not column.startswith("forget")]
+    )
+    assert len(expected) == 13
+    assert expected["retain_rouge"] > 0  # else model utility were 0 whatever the rest
+    assert summary(log) == pytest.approx(expected, abs=1e-6)
+
+
+def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets, tmp_path):
+    log = evaluate_tofu(model, tokenizer, sets, max_new_tokens=4)
+    assert set(log) == {
+        *(f"forget_{end}" for end in ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_ROUGE", "truth_ratio")),
+        *(f"retain_{end}" for end in ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_ROUGE", "Truth_Ratio")),
+        *(f"ra_{end}" for end in ("Q_A_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")),
+        *(f"wf_{end}" for end in ("Q_A_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")),
+        "model_utility",
+    }
+    wrong = log["forget_Q_A_PERT_Prob"]["value_by_index"]
+    assert [len(wrong[index]["avg_loss"]) for index in ("0", "1", "2")] == [2, 1, 3]
+    row = sets["forget"][2]
+    assert wrong["2"]["avg_loss"] == pytest.approx(
+        [naive_loss(model, tokenizer, row["question"], answer) for answer in row["perturbed_answer"]], abs=1e-6
+    )
+    assert wrong["2"]["prob"] == pytest.approx([math.exp(-loss) for loss in wrong["2"]["avg_loss"]])
+    assert log["forget_Q_A_ROUGE"]["value_by_index"]["1"]["ground_truth"] == "an ox, two cows"
+
+    write_log(log, tmp_path / "TOFU_EVAL.json")
+    assert read_log(tmp_path / "TOFU_EVAL.json") == log
+
+
+def test_forget_quality_is_1_against_itself(model, tokenizer, sets, tmp_path):
+    path = tmp_path / "retain.json"
+    write_log(evaluate_tofu(model, tokenizer, sets, max_new_tokens=2), path)
+    log = evaluate_tofu(model, tokenizer, sets, max_new_tokens=2, retain_log=path)
+    assert log["forget_quality"]["agg_value"] == 1.0
+    assert summary(log)["forget_quality"] == 1.0
+
+
+def test_forget_quality_against_a_published_log(model, tokenizer, sets):
+    # All three of the reference's truth ratios above all three of the model's: p = 2 / 20.
+    rows = {str(index): {"score": 1e6 + index} for index in range(3)}
+    retain_log = {"forget_truth_ratio": {"agg_value": 0.0, "value_by_index": rows}}
+    log = evaluate_tofu(model, tokenizer, sets, max_new_tokens=2, retain_log=retain_log)
+    assert log["forget_quality"]["agg_value"] == pytest.approx(0.1)
+
+
+def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
+    retain_log = {"forget_truth_ratio": {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}}}}
+    with pytest.raises(ValueError, match="1 truth ratios but the forget set has 3"):
+        evaluate_tofu(model, tokenizer, sets, retain_log=retain_log)
+
+
+def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
+    def evaluate(**changed):
+        evaluate_tofu(None, tokenizer, {**sets, **changed})
+
+    with pytest.raises(ValueError, match="'world_facts' is missing"):
+        evaluate_tofu(None, tokenizer, {name: rows for name, rows in sets.items() if name != "world_facts"})
+    with pytest.raises(ValueError, match=r"'retain' lacks the columns \['paraphrased_answer'\] \(found"):
+        evaluate(retain=sets["retain"].remove_columns("paraphrased_answer"))
+    with pytest.raises(ValueError, match="'forget' is empty"):
+        evaluate(forget=sets["forget"].select([]))
+    empty = [{"question": "Who?", "answer": "an ox", "perturbed_answer": wrong} for wrong in (["ass"], [])]
+    with pytest.raises(ValueError, match="row 1 of the question set 'real_authors'"):
+        evaluate(real_authors=Dataset.from_list(empty))
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not at ../shared/tofu")
+def test_the_columns_of_tofu_itself(model, tokenizer):
+    files = {
+        "forget": "forget01_perturbed",
+        "retain": "retain_perturbed",
+        "real_authors": "real_authors_perturbed",
+        "world_facts": "world_facts_perturbed",
+    }
+    sets = {name: load_rows(str(TOFU / f"{file}.jsonl"), name).select(range(2)) for name, file in files.items()}
+    log = evaluate_tofu(model, tokenizer, sets, max_new_tokens=5)
+    assert len(log["forget_Q_A_PERT_Prob"]["value_by_index"]["1"]["prob"]) == 5
+    assert len(log["wf_Q_A_PERT_Prob"]["value_by_index"]["1"]["prob"]) == 3
+    assert all(0 <= value <= 1 for value in summary(log).values())
