@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 demo: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm demo
+	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm demo --overwrite_output_dir
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -20,14 +20,23 @@ from pathlib import Path
 
 import yaml
 
-from rfa_llm.evaluation import read_log, summary
+from rfa_llm.evaluation import read_log, read_retain_truth_ratios, summary
+from rfa_llm.evaluation.metrics import forget_quality
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "tofu800_shifts"
 RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
-# Shift and seed of each run; the default shift has a second seed.
-RUNS = [("local", 0), ("local", 1), ("smoothed", 0), ("ignorant", 0), ("mean", 0), ("random", 0), ("negate", 0)]
+# Shift, seed and steps of each run; the default shift has a second seed, and the recipe's full budget.
+RUNS = [
+    ("local", 0, 90),
+    ("local", 1, 90),
+    ("smoothed", 0, 60),
+    ("ignorant", 0, 60),
+    ("mean", 0, 60),
+    ("random", 0, 60),
+    ("negate", 0, 60),
+]
 
 
 def command(*words: str | Path) -> None:
@@ -54,14 +63,14 @@ def machine() -> dict:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version()}
 
 
-def write_result(name: str, log_file: Path, settings: dict, history: list[dict]) -> None:
+def write_result(name: str, log_file: Path, retain_log: Path, settings: dict, history: list[dict]) -> None:
     """The run's aggregate numbers and truth ratios, without the texts that the log holds."""
-    log = read_log(log_file)
-    ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
+    ratios = read_retain_truth_ratios(log_file)
+    quality = forget_quality(ratios, read_retain_truth_ratios(retain_log))
     result = {
         "settings": settings,
-        "summary": summary(log),
-        "forget_truth_ratios": ratios,
+        "summary": {**summary(read_log(log_file)), "forget_quality": quality},
+        "forget_truth_ratios": ratios.tolist(),
         "history": history,
         "versions": {package: version(package) for package in PACKAGES},
         "machine": machine(),
@@ -70,13 +79,13 @@ def write_result(name: str, log_file: Path, settings: dict, history: list[dict])
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run_shift(shift: str, seed: int, retain_log: Path, args: argparse.Namespace) -> None:
+def run_shift(shift: str, seed: int, steps: int, retain_log: Path, args: argparse.Namespace) -> None:
     name = f"{shift}_seed{seed}"
     if (RESULTS / f"{name}.json").exists():
         return
     adapter = args.runs / name
     target = args.models / "target"
-    settings = {"shift": shift, "seed": seed}
+    settings = {"shift": shift, "seed": seed, "max_steps": steps}
     if shift == "ignorant":
         settings["teacher"] = str(args.models / "base")
     if not (adapter / "adapter_config.json").exists():
@@ -88,7 +97,7 @@ def run_shift(shift: str, seed: int, retain_log: Path, args: argparse.Namespace)
         )
     log = evaluate(name, target, args, "--adapter_name_or_path", adapter, "--retain_log", retain_log)
     state = json.loads((adapter / "trainer_state.json").read_text())
-    write_result(name, log, {**yaml.safe_load(RECIPE.read_text()), **settings}, state["log_history"])
+    write_result(name, log, retain_log, {**yaml.safe_load(RECIPE.read_text()), **settings}, state["log_history"])
 
 
 def table() -> str:
@@ -119,13 +128,12 @@ def main() -> None:
     args = parser.parse_args()
 
     retain_log = evaluate("retain-only", args.models / "retain", args)
-    for name, model in (("retain-only", "retain"), ("target", "target")):
-        if not (RESULTS / f"{name}.json").exists():
-            log = evaluate(f"{name}.with_quality", args.models / model, args, "--retain_log", retain_log)
-            write_result(name, log, {}, [])
-    for shift, seed in RUNS:
+    target_log = evaluate("target", args.models / "target", args, "--retain_log", retain_log)
+    write_result("retain-only", retain_log, retain_log, {}, [])
+    write_result("target", target_log, retain_log, {}, [])
+    for shift, seed, steps in RUNS:
         if not args.only or f"{shift}_seed{seed}" in args.only:
-            run_shift(shift, seed, retain_log, args)
+            run_shift(shift, seed, steps, retain_log, args)
     caption = (
         "SmolLM2-135M-Instruct fine-tuned on TOFU's 800-row subset, made to forget its 100 forget rows "
         "(`configs/tofu800.yaml`; written by `benchmarks/shifts.py`). Scores by TOFU's definitions; forget quality is "

@@ -2,8 +2,8 @@
 
 import sys
 
-from rfa_llm.cli.main import run
 from rfa_llm.cli.finetune import main
+from rfa_llm.cli.main import run
 
 if __name__ == "__main__":
     run(main, sys.argv[1:])

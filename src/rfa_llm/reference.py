@@ -31,8 +31,13 @@ MASKABLE = ("eager", "sdpa", "flex_attention")
 
 def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
     """`h⁰_b`: the blocks' features with the adapters off, `[rows, tokens, hidden]` a block, without a graph."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     with torch.no_grad(), model.disable_adapter():
-        return block_features(model, blocks, **inputs)
+        features = block_features(model, blocks, **inputs)
+    # peft lets all of the adapter train again on the way out, also what had been frozen.
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return features
 
 
 def check_attention(model: PreTrainedModel, shift: str) -> None:
@@ -55,9 +60,7 @@ def check_attention(model: PreTrainedModel, shift: str) -> None:
         )
 
 
-def local_mask(
-    model: PreTrainedModel, attention_mask: torch.Tensor, window: int, sinks: int
-) -> torch.Tensor:
+def local_mask(model: PreTrainedModel, attention_mask: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
     """Attention mask that shows each token the last `window` tokens (itself among them) and the first `sinks`.
 
     The first tokens are the attention sinks (Xiao et al., arXiv 2309.17453); without them the features explode.
@@ -114,6 +117,7 @@ def smoothed_attention(
     temperature: float,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention with its distribution flattened: `softmax(q·k·scaling / τ)`, in float32.
@@ -126,7 +130,12 @@ def smoothed_attention(
     scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores / temperature + attention_mask.float(), dim=-1)
+    logits = scores / temperature + attention_mask.float()
+    if s_aux is not None:
+        # Learnt sinks (gpt-oss): one more logit a head, which takes its share of the weight and gives nothing.
+        sinks = (s_aux.float() / temperature).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : key.shape[2]]
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -162,9 +171,7 @@ def batches(dataset: Dataset, tokens: str, pad_token_id: int, batch_size: int, d
         yield pad_rows(rows, [tokens] * len(rows), pad_token_id)
 
 
-def mean_features(
-    run, batches: Iterable[dict], device: torch.device
-) -> torch.Tensor:
+def mean_features(run, batches: Iterable[dict], device: torch.device) -> torch.Tensor:
     """Mean feature of the tokens that count, `[blocks, hidden]` float32 on the CPU.
 
     Args:
@@ -218,7 +225,7 @@ def write_teacher_features(
         pad_token_id, batch_size, device, model_init_kwargs: How to run the teacher.
     """
     model = AutoModelForCausalLM.from_pretrained(teacher, **model_init_kwargs).to(device).eval()
-    blocks = [find_blocks(model)[1][index] for index in aligned]
+    blocks = [find_blocks(model)[index] for index in aligned]
     with torch.no_grad():
         run = partial(block_features, model, blocks)
         rows: list[list[torch.Tensor]] = [[] for _ in aligned]
@@ -241,8 +248,11 @@ def write_teacher_features(
         torch.cuda.empty_cache()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    save_file(tensors, part)
-    part.replace(path)
+    try:
+        save_file(tensors, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class TeacherFeatures:

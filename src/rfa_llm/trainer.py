@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -111,6 +112,10 @@ class RFATrainer(Trainer):
         set_seed(args.seed)
 
         # Everything that can be refused without the model's weights is, before they are loaded.
+        if not isinstance(model, (str, PreTrainedModel, PeftModel)):
+            raise TypeError(
+                f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
+            )
         is_path = isinstance(model, str)
         if is_path:
             _check_not_adapter(model)
@@ -164,6 +169,11 @@ class RFATrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.args.n_gpu > 1 or self.args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its "
+                "forget and its retain rows; run `accelerate launch` or show one GPU, and leave dispatch_batches off."
+            )
         # peft saves no such tags of its own; the Hub lists adapters by them.
         self.model.add_model_tags(self._tag_names)
         self.add_callback(_NextEpochsPairs(self.train_dataset))
@@ -317,6 +327,8 @@ class RFATrainer(Trainer):
             if peft_config is None:
                 peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
             if peft_config.target_modules is None:
+                # A copy: the placement is this model's, and the caller's config may meet another one.
+                peft_config = copy(peft_config)
                 for name, value in lora_placement(model, self.aligned[-1]).items():
                     setattr(peft_config, name, value)
             model = get_peft_model(model, peft_config)
@@ -334,7 +346,7 @@ class RFATrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _blocks(self) -> list[nn.Module]:
-        blocks = find_blocks(self._peft_model().get_base_model())[1]
+        blocks = find_blocks(self._peft_model().get_base_model())
         return [blocks[index] for index in self.aligned]
 
     # ---- counting, logging, guarding ----
@@ -387,8 +399,8 @@ class RFATrainer(Trainer):
         folder = Path(self.args.output_dir) / LAST_GOOD_NAME
         self.save_model(str(folder))
         raise FloatingPointError(
-            f"The loss on the {sets} set is not finite at step {step}; the adapter as it was when the losses were last "
-            f"finite (after step {self._good_step}) is in {folder}; lower learning_rate."
+            f"The loss on the {sets} set is not finite at step {step}; the adapter as it was when the losses were "
+            f"last finite (after step {self._good_step}) is in {folder}; lower learning_rate."
         )
 
     # ---- checkpoints ----
@@ -401,6 +413,7 @@ class RFATrainer(Trainer):
         # A resumed run's first logged step must not be averaged over the steps before it.
         result = super()._init_training_state(*args, **kwargs)
         self._sums, self._sums_since_step = {}, self.state.global_step
+        self._good_step, self._good_adapter = -1, {}
         return result
 
 
@@ -411,7 +424,7 @@ class _NextEpochsPairs(TrainerCallback):
         self.pairs = pairs
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.pairs.set_epoch(int(state.epoch or 0))
+        self.pairs.set_epoch(int(state.epoch))
 
 
 class _SaveShiftState(TrainerCallback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
@@ -43,9 +42,7 @@ class EvaluateArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
 
 
-def load_question_sets(
-    data_dir: str | None, facts_dir: str | None, forget_config: str, retain_config: str
-) -> dict:
+def load_question_sets(data_dir: str | None, facts_dir: str | None, forget_config: str, retain_config: str) -> dict:
     """TOFU's four question sets (`load_tofu`), as `evaluate_tofu` takes them."""
     facts_dir = facts_dir or data_dir
     return {
@@ -62,8 +59,8 @@ def summary_table(logs: dict[str, dict]) -> str:
     return table.to_string(float_format="%.4f", na_rep="-")
 
 
-def evaluate(args: EvaluateArguments) -> dict:
-    """Score the model, write the log to `args.output_file`, print the summary."""
+def score(args: EvaluateArguments) -> dict:
+    """Score the model and write the log to `args.output_file`."""
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
@@ -81,8 +78,13 @@ def evaluate(args: EvaluateArguments) -> dict:
         retain_log=args.retain_log,
         max_new_tokens=args.max_new_tokens,
     )
-    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     write_log(log, args.output_file)
+    return log
+
+
+def evaluate(args: EvaluateArguments) -> dict:
+    """Score the model, write the log to `args.output_file`, print the summary."""
+    log = score(args)
     print(f"\n{summary_table({args.adapter_name_or_path or args.model_name_or_path: log})}")
     print(f"\nLog written to {args.output_file}.")
     return log

@@ -57,10 +57,10 @@ class FinetuneModelConfig(ModelConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
 
 
-def finetune(
+def finetune_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainingArguments
-) -> None:
-    """Train whatever of the model is trainable, in place, with the loss on the answers alone.
+) -> Trainer:
+    """A trainer of whatever of the model is trainable, in place, with the loss on the answers alone.
 
     Args:
         model: A causal LM or a `PeftModel`.
@@ -74,13 +74,20 @@ def finetune(
         {"input_ids": ids, "labels": [-100] * start + ids[start:]}
         for ids, start in zip(encoded["input_ids"], encoded["answer_start"], strict=True)
     ]
-    Trainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-    ).train()
+    )
+
+
+def finetune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainingArguments
+) -> None:
+    """Train as `finetune_trainer` says."""
+    finetune_trainer(model, tokenizer, dataset, args).train()
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import perturb, tiny_llama
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    TrainerCallback,
+)
+from transformers.pytorch_utils import Conv1D
+
+from rfa_llm.blocks import find_blocks
+from rfa_llm.reference import (
+    check_attention,
+    local_features,
+    reference_features,
+    smoothed_attention_on,
+    smoothed_features,
+)
+from rfa_llm.residuals import block_features
+
+ROOT = {"vocab_size": 57, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+BASE = {**ROOT, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
+GQA = {**BASE, "intermediate_size": 48, "num_key_value_heads": 2}
+# Where the blocks are, the config class and its values. Rates of dropout that default to 0 are raised.
+ARCHITECTURES = {
+    "llama": ("model.layers", LlamaConfig, {**GQA, "attention_dropout": 0.1}),
+    "mistral": ("model.layers", MistralConfig, {**GQA, "sliding_window": 4, "attention_dropout": 0.1}),
+    "qwen2": ("model.layers", Qwen2Config, {**GQA, "attention_dropout": 0.1}),
+    "qwen3": ("model.layers", Qwen3Config, {**GQA, "head_dim": 8, "attention_dropout": 0.1}),
+    "gemma2": (
+        "model.layers",
+        Gemma2Config,
+        {**GQA, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 1.0, "attention_dropout": 0.1},
+    ),
+    "gemma3": (
+        "model.layers",
+        Gemma3TextConfig,
+        {**GQA, "head_dim": 8, "sliding_window": 4, "attention_dropout": 0.1},
+    ),
+    "phi3": ("model.layers", Phi3Config, {**GQA, "sliding_window": 4, "resid_pdrop": 0.1, "attention_dropout": 0.1}),
+    "gpt2": ("transformer.h", GPT2Config, {**BASE, "n_positions": 64}),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        GPTNeoXConfig,
+        {**BASE, "intermediate_size": 48, "attention_dropout": 0.1, "hidden_dropout": 0.1},
+    ),
+    "opt": (
+        "model.decoder.layers",
+        OPTConfig,
+        {**BASE, "init_std": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5},
+    ),
+    "bloom": ("transformer.h", BloomConfig, {**BASE, "attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    # Blocks that are not alike.
+    "lfm2": ("model.layers", Lfm2Config, {**GQA, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    # Attention with learnt sinks, and experts.
+    "gpt_oss": (
+        "model.layers",
+        GptOssConfig,
+        {**GQA, "head_dim": 8, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+# Those whose attention takes a mask and a scale of ours; two of them come without sdpa.
+WITHOUT_SDPA = ("gemma2", "gpt_oss")
+NARROWABLE = [name for name in ARCHITECTURES if name not in ("bloom", "lfm2")]
+narrowable = pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, "eager") for name in NARROWABLE] + [(name, "sdpa") for name in NARROWABLE if name not in WITHOUT_SDPA],
+)
+
+
+def tiny_model(name, num_hidden_layers=4, **config):
+    _, config_class, values = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    values = {**values, "num_hidden_layers": num_hidden_layers, **config}
+    return AutoModelForCausalLM.from_config(config_class(**values))
+
+
+def tokens(rows=2, length=12):
+    ids = torch.randint(3, 57, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def linear_layers(model):
+    return {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+@every_architecture
+def test_lora_goes_on_every_linear_layer_up_to_the_last_aligned_block(name, make_trainer):
+    model = tiny_model(name)
+    path = ARCHITECTURES[name][0]
+    assert find_blocks(model) is model.get_submodule(path)
+    below = tuple(f"{path}.{block}." for block in range(3))
+    expected = {layer for layer in linear_layers(model) if layer.startswith(below)}
+    base = make_trainer({"blocks": [1, 2]}, model=model).model.get_base_model()
+    assert {layer for layer, module in base.named_modules() if isinstance(module, LoraLayer)} == expected
+
+
+def test_lora_stays_off_a_vision_tower(make_trainer):
+    text = {key: value for key, value in GQA.items() if key != "initializer_range"}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, "head_dim": 8, "num_hidden_layers": 4},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    base = make_trainer(model=AutoModelForCausalLM.from_config(config)).model.get_base_model()
+    adapted = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    assert len(adapted) == 4 * 7 and all(name.startswith("model.language_model.layers.") for name in adapted)
+
+
+@every_architecture
+def test_the_residual_is_exactly_zero_at_first_and_not_after_the_adapter_moved(name, make_trainer):
+    trainer = make_trainer({"blocks": [1, 3]}, model=tiny_model(name))
+    model, blocks = trainer.model.train(), trainer._blocks()
+    reference = reference_features(model, blocks, **tokens())
+    assert [feature.shape for feature in reference] == [(2, 12, 32)] * 2
+    assert not torch.allclose(*reference)
+    for _ in range(2):  # layers that are dropped at random would not be dropped twice alike
+        features = block_features(model, blocks, **tokens())
+        assert all(torch.equal(a, b) for a, b in zip(features, reference, strict=True))
+    perturb(model)
+    features = block_features(model, blocks, **tokens())
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(features, reference, strict=True))
+    again = reference_features(model, blocks, **tokens())
+    assert all(torch.equal(a, b) for a, b in zip(again, reference, strict=True))
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@every_architecture
+def test_checkpointing_changes_no_gradient(name, make_trainer):
+    def gradients(**config):
+        keep = KeepGradients()
+        config = {"blocks": [1, 2], "max_steps": 1, "max_grad_norm": 0.0, **config}
+        trainer = make_trainer(config, model=tiny_model(name), callbacks=[keep])
+        perturb(trainer.model)
+        trainer.train()
+        return keep.gradients
+
+    plain = gradients()
+    assert all(gradient.any() for name, gradient in plain.items() if "lora_B" in name)
+    for use_reentrant in (True, False):
+        kwargs = {"use_reentrant": use_reentrant}
+        checkpointed = gradients(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+        assert checkpointed.keys() == plain.keys()
+        for parameter, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_hooks_are_gone_after_a_run_and_after_an_error(name):
+    model = tiny_model(name).eval()
+    blocks = find_blocks(model)
+
+    def hooks():
+        return [len(block._forward_hooks) for block in blocks]
+
+    before = hooks()
+    block_features(model, list(blocks), **tokens())
+    assert hooks() == before
+
+    def fail(module, args):
+        raise RuntimeError("inside the block")
+
+    blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="inside the block"):
+        block_features(model, list(blocks), **tokens())
+    assert hooks() == before
+
+
+def test_features_are_found_under_accelerates_dispatch_hooks(tmp_path):
+    model = tiny_llama().eval()
+    blocks = list(find_blocks(model))
+    plain = block_features(model, blocks, **tokens())
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    places |= {"model.layers.3": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert blocks[1].mlp.up_proj.weight.device.type == "meta"
+    for a, b in zip(block_features(model, blocks, **tokens()), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@narrowable
+def test_local_features_see_the_window_and_the_sinks_only(name, implementation, make_trainer):
+    model = tiny_model(name, num_hidden_layers=1)
+    model.set_attn_implementation(implementation)
+    trainer = make_trainer(model=model)
+    model, blocks = trainer.model, trainer._blocks()
+    position = 9
+    inputs = tokens(rows=1)
+
+    def feature():
+        return local_features(model, blocks, **inputs, window=3, sinks=2)[0][0, position]
+
+    before = feature()
+    for changed in range(12):
+        original = inputs["input_ids"][0, changed].item()
+        inputs["input_ids"][0, changed] = 3 + (original - 2) % 54
+        moved = (feature() - before).abs().max().item()
+        inputs["input_ids"][0, changed] = original
+        if changed in (0, 1, 7, 8, 9):
+            assert moved > 1e-4, changed
+        else:
+            assert moved < 1e-6, changed
+
+
+@narrowable
+def test_a_window_over_the_whole_row_is_the_reference(name, implementation, make_trainer):
+    whole = {"sliding_window": 64} if "sliding_window" in ARCHITECTURES[name][2] else {}
+    model = tiny_model(name, **whole)
+    model.set_attn_implementation(implementation)
+    trainer = make_trainer(model=model)
+    inputs = tokens()
+    inputs["attention_mask"][1, 8:] = 0  # right padding
+    real = inputs["attention_mask"].bool()
+    reference = reference_features(trainer.model, trainer._blocks(), **inputs)
+    local = local_features(trainer.model, trainer._blocks(), **inputs, window=12, sinks=0)
+    for a, b in zip(local, reference, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-5, atol=1e-5)
+
+
+@narrowable
+def test_smoothed_attention_is_the_models_own_at_temperature_1(name, implementation, make_trainer):
+    model = tiny_model(name)
+    model.set_attn_implementation(implementation)
+    trainer = make_trainer(model=model)
+    model, blocks = trainer.model, trainer._blocks()
+    inputs = tokens()
+    inputs["attention_mask"][1, 8:] = 0
+    real = inputs["attention_mask"].bool()
+    reference = reference_features(model, blocks, **inputs)
+    for a, b in zip(smoothed_features(model, blocks, **inputs, temperature=1.0), reference, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+    for a, b in zip(smoothed_features(model, blocks, **inputs, temperature=2.0), reference, strict=True):
+        assert (a - b)[real].abs().max() > 1e-2
+    with pytest.raises(RuntimeError, match="while smoothed"), smoothed_attention_on(model.get_base_model(), 2.0):
+        raise RuntimeError("while smoothed")
+    assert model.config._attn_implementation == implementation
+    assert all(torch.equal(a, b) for a, b in zip(reference_features(model, blocks, **inputs), reference, strict=True))
+
+
+@pytest.mark.parametrize("shift", ["local", "smoothed"])
+def test_attention_that_takes_no_mask_of_ours_is_refused(shift, make_trainer):
+    with pytest.raises(
+        ValueError, match=f"'{shift}' needs attention .* BloomForCausalLM .*use shift='mean', 'random'"
+    ):
+        make_trainer({"shift": shift}, model=tiny_model("bloom"))
+
+
+def test_flash_attention_is_refused_for_local():
+    model = tiny_llama()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' cannot take; load .*'sdpa'"):
+        check_attention(model, "local")
+    check_attention(model, "smoothed")

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama, tiny_lora, tiny_rows
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import (
+    BertConfig,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    TrainerCallback,
+    ViTConfig,
+)
+
+from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.blocks import check_decoder_only
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forget_dataset": None}, "^forget_dataset is None; give a Dataset"),
+        ({"retain_dataset": None}, "^retain_dataset is None; give a Dataset"),
+        ({"forget_dataset": Dataset.from_list([])}, "^forget_dataset is empty; give at least one row"),
+        (
+            {"retain_dataset": tiny_rows(3, 0).rename_column("answer", "reply")},
+            r"^retain_dataset .*\['question', 'rep",
+        ),
+        (
+            {"forget_dataset": tiny_rows(6, first=18)},
+            "^4 rows of forget_dataset .* the first of them forget row 2; rem",
+        ),
+    ],
+)
+def test_data(change, message, make_trainer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=tiny_llama(), **change)
+
+
+def test_an_answer_that_is_wholly_cut(make_trainer):
+    with pytest.raises(
+        ValueError, match="^forget_dataset row 0: max_length=5 cuts the whole answer.*raise max_length"
+    ):
+        make_trainer({"max_length": 5})
+
+
+def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
+    with pytest.raises(ValueError, match="processing_class .* without a pad and an end token; set its eos_token"):
+        make_trainer(processing_class=bare)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"alpha": 0.0}, "alpha: 0.0 is not positive; give a number above 0"),
+        ({"alpha": float("nan")}, "alpha: nan is not positive"),
+        ({"beta": -1.0}, "beta: -1.0 is not positive; give a number above 0"),
+        ({"shift_scale": 0.0}, "shift_scale: 0.0 is not positive"),
+        ({"local_window": 0}, "local_window: 0 is not positive"),
+        ({"local_sinks": -1}, "local_sinks: -1 is negative; give 0 or more"),
+        ({"mean_rows": 0}, "mean_rows: 0 is not positive"),
+        ({"smoothing_temperature": 1.0}, "smoothing_temperature: 1.0 does not flatten attention; give more than 1"),
+        ({"max_length": 0}, "max_length: 0 keeps no token; give 1 or more, or None"),
+        (
+            {"shift": "ignorence"},
+            "shift: 'ignorence' is not known; use one of local, smoothed, ignorant, mean, random",
+        ),
+        ({"forget_tokens": "question"}, "forget_tokens: 'question' is not known; use one of answer, all"),
+        ({"retain_tokens": ""}, "retain_tokens: '' is not known; use one of answer, all"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: True would drop the rows"),
+        ({"shift": "ignorant"}, "teacher: shift='ignorant' needs the checkpoint from before .*or use shift='local'"),
+    ],
+)
+def test_settings(setting, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RFAConfig(output_dir="nowhere", **setting)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([], "blocks: the list is empty; name at least one block"),
+        ([1, 4], "blocks: 4 is out of range for a model of 4 blocks; use -4 to 3"),
+        ([-5], "blocks: -5 is out of range for a model of 4 blocks"),
+        ([3, -1], r"blocks: \[3, -1\] names a block twice"),
+    ],
+)
+def test_blocks(blocks, message, make_trainer):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_trainer({"blocks": blocks})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [2, 3]},
+            r"^blocks: aligned block 1 lies below every adapter \(the first adapter sits on block 2\)",
+        ),
+        (
+            {"target_modules": ["lm_head"]},
+            r"^blocks: aligned block 1 lies below every adapter \(no block has an adapter",
+        ),
+        (
+            {"target_modules": "all-linear"},
+            r"^peft_config: model\.layers\.3\.self_attn\.q_proj\.lora_A\S+ lies above the last aligned block \(2\)"
+            r".*leave it out of the adapter \(`layers_to_transform=list\(range\(3\)\)`",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2], "modules_to_save": ["lm_head"]},
+            "^peft_config: lm_head.* lies above the last aligned block",
+        ),
+    ],
+    ids=["too high", "outside", "above", "head"],
+)
+def test_adapters(adapter, message, make_trainer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer({"blocks": [1, 2]}, peft_config=tiny_lora(**adapter))
+
+
+def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):
+    model = get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="^peft_config: the model carries an adapter already; leave peft_config out"):
+        make_trainer(model=model, peft_config=tiny_lora())
+    model.save_pretrained(tmp_path / "frozen")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "frozen")
+    with pytest.raises(ValueError, match="^peft_config: the adapter has no trainable parameter.*`is_trainable=True`"):
+        make_trainer(model=model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BertConfig(), r"is an encoder \(bert\); pass a decoder-only model"),
+        (T5Config(), r"is an encoder-decoder \(t5\); pass a decoder-only model"),
+        (ViTConfig(), r"\(vit\) has no causal language model class in transformers; pass a decoder-only model"),
+    ],
+    ids=["encoder", "encoder-decoder", "other"],
+)
+def test_models_that_are_no_decoders_are_refused_without_their_weights(config, message, make_trainer, tmp_path):
+    path = str(tmp_path / "model")
+    config.save_pretrained(path)  # no weights beside it
+    with pytest.raises(ValueError, match=f"^model: '{path}' {message}"):
+        make_trainer(model=path)
+
+
+@pytest.mark.parametrize("model", [None, Path("model")])
+def test_a_model_of_the_wrong_type(model, make_trainer):
+    with pytest.raises(TypeError, match=f"^model: got a {type(model).__name__}; pass an id or path as text"):
+        make_trainer(model=model)
+
+
+def test_an_encoder_that_is_told_to_decode_passes():
+    check_decoder_only(BertConfig(is_decoder=True), "bert")
+
+
+def test_a_model_that_is_an_adapter(make_trainer, tmp_path):
+    path = str(tmp_path / "lora")
+    get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(path)
+    with pytest.raises(ValueError, match=f"^model: '{path}' is an adapter.*merge it into its base"):
+        make_trainer(model=path)
+
+
+@pytest.mark.parametrize("loader", ["quantization_config", "model_init_kwargs"])
+def test_loading_options_for_a_loaded_model(loader, make_trainer):
+    config = {"model_init_kwargs": {"dtype": "bfloat16"}} if loader == "model_init_kwargs" else {}
+    quantization = BitsAndBytesConfig(load_in_4bit=True) if loader == "quantization_config" else None
+    with pytest.raises(ValueError, match="^model: it is loaded already, so quantization_config and model_init_kwargs"):
+        make_trainer(config, quantization_config=quantization)
+
+
+def test_a_teacher_beside_a_loaded_model(make_trainer):
+    with pytest.raises(
+        ValueError, match="^model: shift='ignorant' runs the teacher before .* a loaded LlamaForCausalLM"
+    ):
+        make_trainer({"shift": "ignorant", "teacher": "somewhere"}, model=tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(vocab_size=60, hidden_size=64, num_hidden_layers=4), "has hidden_size=64, but the model 32"),
+        (LlamaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=5), "has num_hidden_layers=5, but the model 4"),
+        (LlamaConfig(vocab_size=70, hidden_size=32, num_hidden_layers=4), "has vocab_size=70, but the model 60"),
+        (BertConfig(), r"is an encoder \(bert\)"),
+    ],
+    ids=["width", "depth", "vocabulary", "encoder"],
+)
+def test_a_teacher_of_another_kind_is_refused_without_its_weights(
+    config, message, make_trainer, saved_llama, tmp_path
+):
+    teacher = str(tmp_path / "teacher")
+    config.save_pretrained(teacher)
+    with pytest.raises(ValueError, match=f"'{teacher}' {message}"):
+        make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
+
+
+def test_an_output_dir_that_holds_an_adapter(make_trainer, tmp_path):
+    first = make_trainer()
+    first.train()
+    first.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match="^output_dir: .*adapter' already holds an adapter.*overwrite_output_dir=True"
+    ):
+        make_trainer()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    make_trainer({"overwrite_output_dir": True})
+
+
+def test_a_refused_call_leaves_nothing_behind(tokenizer, forget, retain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = RFAConfig(output_dir="adapter", shift="negate", blocks=[9], use_cpu=True)
+    with pytest.raises(ValueError, match="out of range"):
+        RFATrainer(tiny_llama(), args, forget, retain, tokenizer)
+    assert os.listdir() == []
+
+
+def last_good(trainer) -> dict[str, torch.Tensor]:
+    """The adapter beside the failed run, loaded on a fresh model."""
+    model = PeftModel.from_pretrained(tiny_llama(), Path(trainer.args.output_dir) / "last_good_adapter")
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert torch.isfinite(model(torch.arange(3, 9)[None]).logits).all()
+    return weights
+
+
+def not_finite_from_step(step):
+    calls = []
+
+    def shift(reference, block):
+        calls.append(block)
+        return torch.full_like(reference, float("nan") if len(calls) >= step else 0.1)
+
+    return shift
+
+
+class KeepSteps(TrainerCallback):
+    """The adapter after each step."""
+
+    def __init__(self):
+        self.adapters = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer):
+    steps = KeepSteps()
+    trainer = make_trainer({"blocks": [1], "max_steps": 5}, shift=not_finite_from_step(3), callbacks=[steps])
+    with pytest.raises(
+        FloatingPointError,
+        match=r"forget set is not finite at step 3; .* \(after step 1\) is in .*last_good_adapter; lower",
+    ):
+        trainer.train()
+    # Step 2 saw finite losses, with the adapter as step 1 had left it.
+    weights, expected = last_good(trainer), steps.adapters[0]
+    assert weights.keys() == expected.keys() and len(steps.adapters) == 2
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_a_learning_rate_that_is_far_too_high_stops_the_run(make_trainer):
+    trainer = make_trainer({"learning_rate": 1e30, "max_steps": 5})
+    with pytest.raises(
+        FloatingPointError, match=r"on the forget and retain set is not finite at step 2; .*after step 0"
+    ):
+        trainer.train()
+    last_good(trainer)
+
+
+def test_a_loss_that_is_never_finite(make_trainer):
+    trainer = make_trainer(shift=not_finite_from_step(1))
+    with pytest.raises(FloatingPointError, match="on the forget set is not finite at step 1, before the adapter has"):
+        trainer.train()
+    assert not (Path(trainer.args.output_dir) / "last_good_adapter").exists()

@@ -1,0 +1,115 @@
+"""The subcommands on a tiny model: recipes, results on disk, and how bad input ends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rfa_llm.cli import evaluate, finetune, unlearn
+from rfa_llm.cli.main import run
+from rfa_llm.evaluation import read_log, summary
+
+
+@pytest.fixture
+def data_dir(tmp_path, forget, retain):
+    """A folder of JSON Lines in TOFU's shape."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    forget.to_json(folder / "forget.jsonl")
+    retain.to_json(folder / "retain.jsonl")
+    wrong = {"paraphrased_answer": "w1 w2", "perturbed_answer": ["w3", "w4 w5"]}
+    for name, rows in (("forget", forget), ("retain", retain), ("real_authors", forget), ("world_facts", retain)):
+        rows.map(lambda row: wrong).to_json(folder / f"{name}_perturbed.jsonl")
+    return folder
+
+
+def cli(command: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "rfa_llm.cli.main", command, *words], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_recipe_and_flags_train_an_adapter(saved_llama, data_dir, tmp_path, capsys):
+    recipe = {
+        "forget_dataset": str(data_dir / "forget.jsonl"),
+        "retain_dataset": str(data_dir / "retain.jsonl"),
+        "shift": "negate",
+        "blocks": [1, -1],
+        "max_steps": 2,
+        "lora_r": 4,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "adapter"
+    # A flag wins over the recipe.
+    unlearn.main(
+        ["--config", str(tmp_path / "recipe.yaml"), "--model_name_or_path", saved_llama, "--output_dir", str(out)]
+        + ["--learning_rate", "0.01", "--max_steps", "3"]
+    )
+    printed = capsys.readouterr().out
+    assert "block 1 " in printed and "block 3 " in printed and str(out) in printed
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama), out)
+    assert model.peft_config["default"].r == 4
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_evaluate_writes_a_log_that_serves_as_reference(saved_llama, data_dir, tmp_path, capsys):
+    words = ["--model_name_or_path", saved_llama, "--data_dir", str(data_dir), "--use_cpu", "true"]
+    words += ["--forget_config", "forget_perturbed", "--max_new_tokens", "4"]
+    first, second = tmp_path / "logs" / "first.json", tmp_path / "second.json"
+    evaluate.main([*words, "--output_file", str(first)])
+    assert "forget_quality" not in summary(read_log(first))
+    evaluate.main([*words, "--output_file", str(second), "--retain_log", str(first)])
+    assert summary(read_log(second))["forget_quality"] == 1.0
+    assert "forget_quality" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_finetune_lowers_the_loss_of_its_rows(use_peft, saved_llama, data_dir, tmp_path, tokenizer, forget):
+    from rfa_llm.evaluation import answer_losses
+
+    out = tmp_path / "tuned"
+    finetune.main(
+        ["--model_name_or_path", saved_llama, "--train_dataset", str(data_dir / "forget.jsonl")]
+        + ["--output_dir", str(out), "--max_steps", "20", "--learning_rate", "0.02", "--use_peft", use_peft]
+        + ["--use_cpu", "--report_to", "none"]
+    )
+    before, after = (
+        torch.tensor(answer_losses(AutoModelForCausalLM.from_pretrained(path), tokenizer, list(forget)))
+        for path in (saved_llama, out)
+    )
+    assert after.mean() < 0.7 * before.mean()
+
+
+def test_bad_input_is_one_sentence_and_a_failing_exit(saved_llama, data_dir, tmp_path):
+    words = ("--model_name_or_path", saved_llama, "--output_dir", str(tmp_path / "adapter"), "--use_cpu")
+    result = cli("unlearn", *words, "--forget_dataset", "nowhere.jsonl")
+    assert result.returncode == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("rfa-llm: error: forget_dataset") and "nowhere.jsonl" in error
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_debug_shows_where_an_error_comes_from():
+    def command(argv):
+        raise ValueError(f"bad {argv}")
+
+    with pytest.raises(ValueError, match=r"bad \['--x'\]"):
+        run(command, ["--x", "--debug"])
+    with pytest.raises(SystemExit, match="rfa-llm: error: bad"):
+        run(command, ["--x"])
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+def test_a_missing_model_is_named(command):
+    module = {"unlearn": unlearn, "evaluate": evaluate}[command]
+    with pytest.raises(ValueError, match="model_name_or_path: no model is given"):
+        module.main(["--output_dir", "x"] if command == "unlearn" else [])

@@ -1,0 +1,54 @@
+"""Imports run one way (docs/design.md), and the command answers before torch is loaded."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "rfa_llm"
+# What each room may import of the package; longer names are rooms of their own.
+ALLOWED = {
+    "blocks": set(),
+    "shifts": set(),
+    "residuals": {"blocks"},
+    "config": {"shifts"},
+    "data": {"data"},
+    "evaluation": {"evaluation", "data.formats"},
+    "reference": {"blocks", "residuals", "data"},
+    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "data"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names below `rfa_llm` that a file imports, such as `data.formats`."""
+    names = set()
+    inside = file.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = [*inside[: len(inside) - node.level]] if node.level else []
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            if node.level == 0:
+                if module[0] != "rfa_llm":
+                    continue
+                module = module[1:]
+            names |= {".".join(module)} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("rfa_llm.") for alias in node.names if alias.name.startswith("rfa_llm.")}
+    return names
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_run_one_way(room):
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else list((PACKAGE / room).glob("*.py"))
+    assert files
+    for file in files:
+        for name in imported(file):
+            allowed = any(name == other or name.startswith(f"{other}.") for other in ALLOWED[room])
+            assert allowed, f"{file.name} imports rfa_llm.{name}"
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, rfa_llm, rfa_llm.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import perturb, tiny_llama, tiny_lora
+from peft import get_peft_model
+
+from rfa_llm import reference
+from rfa_llm.blocks import find_blocks
+from rfa_llm.data.formats import prepare
+from rfa_llm.reference import (
+    TeacherFeatures,
+    local_mask,
+    mean_features,
+    reference_features,
+    smoothed_attention,
+    write_teacher_features,
+)
+
+ALIGNED = [1, 2]
+
+
+@pytest.fixture
+def sets(forget, retain, tokenizer):
+    return prepare(forget, tokenizer, "forget_dataset", None), prepare(retain, tokenizer, "retain_dataset", None)
+
+
+@torch.no_grad()
+def naive_features(model, row, tokens) -> list[torch.Tensor]:
+    """One row without padding; transformers' own record of the blocks' outputs."""
+    states = model.eval()(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states
+    first = 0 if tokens == "all" else row["answer_start"] - 1
+    return [states[block + 1][0, first:] for block in ALIGNED]
+
+
+def test_reference_features_are_the_base_models_and_leave_the_adapter_as_it_was():
+    base = tiny_llama()
+    ids = torch.arange(3, 15).view(2, 6)
+    states = base(ids, output_hidden_states=True).hidden_states
+    model = get_peft_model(tiny_llama(), tiny_lora(target_modules="all-linear"))
+    perturb(model)
+    # Something is frozen that peft itself would switch on again.
+    frozen = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    frozen.requires_grad_(False)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = model(ids).logits
+    blocks = list(find_blocks(model.get_base_model()))
+    features = reference_features(model, blocks[1:3], input_ids=ids, attention_mask=torch.ones_like(ids))
+    for feature, block in zip(features, ALIGNED, strict=True):
+        assert not feature.requires_grad
+        torch.testing.assert_close(feature, states[block + 1])
+    assert torch.equal(model(ids).logits, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+
+
+def test_the_adapter_is_on_again_after_an_error():
+    model = get_peft_model(tiny_llama(), tiny_lora(target_modules="all-linear"))
+    perturb(model)
+    ids = torch.arange(3, 15).view(2, 6)
+    before = model(ids).logits
+
+    def fail(module, args):
+        raise RuntimeError("inside the block")
+
+    handle = model.get_base_model().model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="inside the block"):
+        reference_features(model, [], input_ids=ids)
+    handle.remove()
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_local_mask_position_by_position(implementation):
+    model = tiny_llama()
+    model.set_attn_implementation(implementation)
+    attention_mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    mask = local_mask(model, attention_mask, window=3, sinks=2)
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    for row, length in enumerate((8, 5)):
+        for query in range(length):
+            window = {key for key in (query, query - 1, query - 2) if key >= 0}
+            expected = window | {key for key in (0, 1) if key <= query}
+            assert set(seen[row, 0, query].nonzero().flatten().tolist()) == expected
+
+
+def naive_attention(query, key, value, visible, temperature, scaling, softcap, sinks):
+    """Loops in float64; `[heads, tokens, head_dim]`, `visible(query, key)`."""
+    heads, tokens, size = query.shape
+    out = torch.zeros(tokens, heads, value.shape[-1])
+    for head in range(heads):
+        kv = head * key.shape[0] // heads
+        for q in range(tokens):
+            scores = {}
+            for k in range(tokens):
+                if visible(q, k):
+                    score = scaling * sum(
+                        a * b for a, b in zip(query[head, q].tolist(), key[kv, k].tolist(), strict=True)
+                    )
+                    score = score if softcap is None else softcap * math.tanh(score / softcap)
+                    scores[k] = math.exp(score / temperature)
+            total = sum(scores.values()) + (0 if sinks is None else math.exp(sinks[head].item() / temperature))
+            for k, weight in scores.items():
+                out[q, head] += weight / total * value[kv, k]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("scaling", "softcap", "with_sinks"),
+    [(None, None, False), (0.3, None, False), (0.3, 2.0, False), (0.3, None, True)],
+)
+def test_smoothed_attention_against_loops(scaling, softcap, with_sinks):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (3 * torch.randn(1, heads, 5, 4, generator=generator) for heads in (6, 2, 2))
+    sinks = torch.randn(6, generator=generator) if with_sinks else None
+    causal = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
+    out, _ = smoothed_attention(None, query, key, value, causal, 2.5, scaling=scaling, softcap=softcap, s_aux=sinks)
+    expected = naive_attention(
+        query[0], key[0], value[0], lambda q, k: k <= q, 2.5, 0.5 if scaling is None else scaling, softcap, sinks
+    )
+    torch.testing.assert_close(out[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_mean_features_against_a_loop(sets, tokens):
+    model = tiny_llama()
+    blocks = [find_blocks(model)[block] for block in ALIGNED]
+    retain = sets[1]
+
+    def run(**inputs):
+        with torch.no_grad():
+            return reference.block_features(model.eval(), blocks, **inputs)
+
+    mean = mean_features(run, reference.batches(retain, tokens, 0, 3, "test"), torch.device("cpu"))
+    rows = [naive_features(model, row, tokens) for row in retain]
+    expected = torch.stack([torch.cat([row[i] for row in rows]).double().mean(0) for i in range(2)])
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, expected.float())
+
+
+def write(path, teacher, sets, batch_size=4, **init_kwargs):
+    forget, retain = sets
+    device = torch.device("cpu")
+    write_teacher_features(
+        path, teacher, ALIGNED, forget, retain.select(range(7)), "answer", 0, batch_size, device, init_kwargs
+    )
+
+
+def test_teacher_features_are_the_teachers_in_any_order_of_rows(saved_llama, sets, tmp_path):
+    path = tmp_path / "folder" / "features.safetensors"
+    write(path, saved_llama, sets)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    features, teacher = TeacherFeatures(path, ALIGNED), tiny_llama()
+    for order in ([4, 0, 5, 1], [2], list(range(6))):
+        rows = [naive_features(teacher, sets[0][i], "answer") for i in order]
+        for i, block in enumerate(features.rows(order)):
+            torch.testing.assert_close(block, torch.cat([row[i] for row in rows]), rtol=1e-4, atol=1e-5)
+    rows = [naive_features(teacher, row, "answer") for row in sets[1].select(range(7))]
+    expected = torch.stack([torch.cat([row[i] for row in rows]).mean(0) for i in range(2)])
+    torch.testing.assert_close(features.retain_mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_features_keep_the_teachers_dtype(saved_llama, sets, tmp_path):
+    write(tmp_path / "features", saved_llama, sets, dtype=torch.bfloat16)
+    features = TeacherFeatures(tmp_path / "features", ALIGNED)
+    assert features.rows([0])[0].dtype == torch.bfloat16 and features.retain_mean.dtype == torch.float32
+
+
+def test_a_teacher_run_that_dies_leaves_no_file_of_that_name(saved_llama, sets, tmp_path, monkeypatch):
+    path = tmp_path / "features"
+
+    def die_while_writing(tensors, part):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference, "save_file", die_while_writing)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, saved_llama, sets)
+    assert not path.exists()
+    monkeypatch.undo()
+    write(path, saved_llama, sets)
+    assert len(TeacherFeatures(path, ALIGNED).rows([0])) == 2
+
+
+def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_path, make_trainer, forget):
+    teacher = tmp_path / "teacher"
+    tiny_llama(initializer_range=0.1).save_pretrained(teacher)
+    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED}
+    first = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
+    weights = (teacher / "model.safetensors").rename(tmp_path / "elsewhere")
+    second = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for change in ({"blocks": [0, 2]}, {"forget_tokens": "all"}, {"mean_rows": 3}):
+        with pytest.raises(OSError):
+            make_trainer({**config, **change}, model=saved_llama)
+    with pytest.raises(OSError):
+        make_trainer(config, model=saved_llama, forget_dataset=forget.select(range(5)))
+    weights.rename(teacher / "model.safetensors")
+    make_trainer({**config, "mean_rows": 3}, model=saved_llama)
