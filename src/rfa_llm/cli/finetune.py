@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import (
@@ -57,6 +58,15 @@ class FinetuneModelConfig(ModelConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
 
 
+def load_gguf(model_name_or_path: str, gguf_file: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A GGUF checkpoint as a plain model, which can be trained and saved; its weights are dequantized by then."""
+    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, gguf_file=gguf_file, dtype=dtype)
+    # transformers keeps the mark of a quantized model and would refuse both.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    return model
+
+
 def finetune_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainingArguments
 ) -> Trainer:
@@ -100,11 +110,10 @@ def main(argv: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     if data_args.chat_template_path is not None:
         tokenizer.chat_template = Path(data_args.chat_template_path).read_text(encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
-    if data_args.gguf_file is not None:
-        # transformers keeps a GGUF model's mark and would refuse to save it; its weights are plain tensors by now.
-        del model.config.quantization_config
-        model.hf_quantizer = None
+    if data_args.gguf_file is None:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
+    else:
+        model = load_gguf(model_args.model_name_or_path, data_args.gguf_file, model_args.dtype)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         if peft_config.target_modules is None:
