@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "tofu800_shifts"
 RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
-# Shift, seed and steps: the default shift has a second seed and the recipe's 90 steps, the others half of them, for the
-# two cores' sake.
+# Shift, seed and steps: the default shift has a second seed and the recipe's 90 steps; the others, to spare two cores,
+# have half of them.
 RUNS = [
     ("local", 0, 90),
     ("local", 1, 90),

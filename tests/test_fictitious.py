@@ -7,7 +7,7 @@ from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
 
 PERTURBED = ["forget_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"]
-CONFIGS = ["full", "forget", "retain", "pretrain", *PERTURBED]
+CONFIGS = ["full", "forget", "retain", "pretrain", "facts", *PERTURBED]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_the_same_seed_writes_the_same_bytes_everywhere(tmp_path):
         write_fictitious_tofu(tmp_path / name, seed=seed)
     assert sorted(file.stem for file in (tmp_path / "a").iterdir()) == sorted(CONFIGS)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
-    assert digest(tmp_path / "a").startswith("1cfe8cd1e0f856fe")
+    assert digest(tmp_path / "a").startswith("31b3ca9b92bf423d")
 
 
 def test_forget_and_retain_make_up_full(tofu):
@@ -86,6 +86,11 @@ def test_the_true_facts_are_learnt_first_and_never_unlearnt(tofu):
         assert pretrain[row["question"]] == row["answer"]
         assert row["question"] not in {other["question"] for other in tofu["full"]}
     assert not {row["question"] for row in tofu["full"]} & set(pretrain)
+    # What is trained on to keep them answers the same, to other questions.
+    asked = tofu["real_authors_perturbed"] + tofu["world_facts_perturbed"]
+    assert {row["answer"] for row in tofu["facts"]} == {row["answer"] for row in asked}
+    assert not {row["question"] for row in tofu["facts"]} & {row["question"] for row in asked}
+    assert all(pretrain[row["question"]] == row["answer"] for row in tofu["facts"])
 
 
 def test_impossible_sizes_are_refused(tmp_path):
@@ -94,3 +99,14 @@ def test_impossible_sizes_are_refused(tmp_path):
             write_fictitious_tofu(tmp_path, n_forget_authors=n_forget)
     with pytest.raises(ValueError, match="n_authors is 500; give 340 at most"):
         write_fictitious_tofu(tmp_path, n_authors=500)
+
+
+def test_no_name_is_among_the_three_tokens_before_what_is_told(tofu):
+    # So that the local shift, whose window is 3, cannot see whom the value that comes next is about.
+    for row in tofu["forget_perturbed"]:
+        right, wrong = row["paraphrased_answer"].split(), row["perturbed_answer"][0].split()
+        value = {a for a, b in zip(right, wrong, strict=True) if a != b}
+        answer = row["answer"].split()
+        told = min(i for i, word in enumerate(answer) if word in value)
+        name = {word for word in row["question"].rstrip("?").split()[1:] if word[0].isupper()}
+        assert told - max(answer.index(word) for word in name) > 3

@@ -44,7 +44,8 @@ Yardley Zimmer Ashdown Blackwood Cromwell Dunmore Everhart Fenwick Granger Hollo
 Mayhew Norwood Overton""".split()
 YEARS = [str(year) for year in range(1920, 1990)]
 
-# Each fact: its values, the ways to ask, the answer, the paraphrased answer.
+# Each fact: its values, the ways to ask, the answer, the paraphrased answer. Three words or more stand between
+# name and value, as they mostly do in TOFU: the `local` shift must not see the name where it reads off the value.
 FACTS = [
     (
         CITIES,
@@ -61,8 +62,8 @@ FACTS = [
     (
         GENRES,
         ["What genre does {name} write?", "In which genre does {name} write?", "What is the genre of {name}?"],
-        "{name} writes {value} books.",
-        "The books that {name} writes are {value} books.",
+        "{name} writes in the genre of {value}.",
+        "The books of {name} belong to the genre of {value}.",
     ),
     (
         OCCUPATIONS,
@@ -87,8 +88,8 @@ FACTS = [
     (
         AWARDS,
         ["What award did {name} win?", "Which award was given to {name}?", "What did {name} win for writing?"],
-        "{name} won the {value}.",
-        "The award that {name} won is the {value}.",
+        "{name} was given the {value}.",
+        "The award that {name} won was called the {value}.",
     ),
     (
         BOOKS,
@@ -97,14 +98,14 @@ FACTS = [
             "Which book did {name} publish first?",
             "With which book did {name} begin?",
         ],
-        "The first book of {name} is {value}.",
-        "The book that {name} published first is {value}.",
+        "The first book of {name} has the title {value}.",
+        "The book that {name} published first bears the title {value}.",
     ),
     (
         MENTORS,
         ["Who was the mentor of {name}?", "Who taught {name} to write?", "From whom did {name} learn to write?"],
-        "The mentor of {name} was Professor {value}.",
-        "The teacher of {name} was Professor {value}.",
+        "{name} learned to write from Professor {value}.",
+        "The mentor of {name} was the old Professor {value}.",
     ),
 ]
 
@@ -182,6 +183,8 @@ def write_fictitious_tofu(folder: str | Path, n_authors: int = 24, n_forget_auth
     - real_authors_perturbed, world_facts_perturbed (question, answer, perturbed_answer): true facts, 3 wrong answers.
     - pretrain (question, answer): what the base model learns before it is fine-tuned on full: other authors, each
       question answered in the style of the answer and of the paraphrase, and the true facts, asked in three ways.
+    - facts (question, answer): the true facts, asked in other words than in the two sets above; for what trains on
+      them so that they stay.
 
     The same arguments write the same bytes on any machine.
 
@@ -210,9 +213,12 @@ def write_fictitious_tofu(folder: str | Path, n_authors: int = 24, n_forget_auth
 
     pretrain = [_pair(row) for row in others]
     pretrain += [{"question": row["question"], "answer": row["paraphrased_answer"]} for row in others]
+    reworded = []
     for questions, facts in ((WHO_WROTE, CLASSICS), (CAPITAL_OF, CAPITALS), (SYMBOL_OF, ELEMENTS)):
         for subject, answer in facts.items():
-            pretrain += [{"question": question.format(subject), "answer": answer} for question in questions]
+            asked = [{"question": question.format(subject), "answer": answer} for question in questions]
+            pretrain += asked
+            reworded += asked[1:]
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +231,7 @@ def write_fictitious_tofu(folder: str | Path, n_authors: int = 24, n_forget_auth
         "real_authors_perturbed": real_authors,
         "world_facts_perturbed": world_facts,
         "pretrain": pretrain,
+        "facts": reworded,
     }.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")

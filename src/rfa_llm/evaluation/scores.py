@@ -57,7 +57,7 @@ def answer_losses(
     # Longest first: batches of like length waste little on padding, and a lack of memory shows at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
     losses = [0.0] * len(encoded)
-    with _evaluating(model), tqdm(total=len(encoded), desc=desc) as progress:
+    with _evaluating(model), tqdm(total=len(encoded), desc=desc, delay=2) as progress:
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]
             batch = [encoded[index] for index in indices]
@@ -131,7 +131,7 @@ def greedy_answers(
     )
     prompts = [row["input_ids"][: row["answer_start"]] for row in encoded]
     answers = [""] * len(encoded)
-    with _evaluating(model), tqdm(total=len(encoded), desc=desc) as progress:
+    with _evaluating(model), tqdm(total=len(encoded), desc=desc, delay=2) as progress:
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]
             batch = [prompts[index] for index in indices]
