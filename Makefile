@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm demo --overwrite_output_dir
+	$(BIN)/python scripts/check_demo.py
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .

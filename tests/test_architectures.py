@@ -267,6 +267,8 @@ def test_attention_that_takes_no_mask_of_ours_is_refused(shift, make_trainer):
         ValueError, match=f"'{shift}' needs attention .* BloomForCausalLM .*use shift='mean', 'random'"
     ):
         make_trainer({"shift": shift}, model=tiny_model("bloom"))
+    with pytest.raises(ValueError, match=f"'{shift}' changes attention alone, but Lfm2ForCausalLM has conv layers"):
+        make_trainer({"shift": shift}, model=tiny_model("lfm2"))
 
 
 def test_flash_attention_is_refused_for_local():

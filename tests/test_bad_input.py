@@ -20,6 +20,7 @@ from transformers import (
 
 from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.blocks import check_decoder_only
+from rfa_llm.data.formats import load_rows
 
 
 @pytest.mark.parametrize(
@@ -280,3 +281,57 @@ def test_a_loss_that_is_never_finite(make_trainer):
     with pytest.raises(FloatingPointError, match="on the forget set is not finite at step 1, before the adapter has"):
         trainer.train()
     assert not (Path(trainer.args.output_dir) / "last_good_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: 5.0"),
+        ({"eval_strategy": "epoch"}, "eval_strategy: .*epoch.* has no evaluation set"),
+    ],
+)
+def test_inherited_settings_that_spoil_the_method_are_refused(config, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        RFAConfig(output_dir=str(tmp_path), **config)
+
+
+def test_a_teacher_that_is_the_model_itself(saved_llama, make_trainer):
+    with pytest.raises(ValueError, match="teacher: .* is the model itself"):
+        make_trainer({"shift": "ignorant", "teacher": saved_llama}, model=saved_llama)
+
+
+@pytest.mark.parametrize("shift", [lambda h, block: h[:, :1], lambda h, block: 0])
+def test_a_shift_of_ones_own_that_gives_no_shift(shift, make_trainer):
+    with pytest.raises(ValueError, match=r"shift: the function gave .* for block \d; return a tensor \[\d+, 32\]"):
+        make_trainer(shift=shift).train()
+
+
+def test_an_adapter_that_the_last_step_broke_is_not_saved(make_trainer):
+    trainer = make_trainer({"max_steps": 2})
+    trainer.train()
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="adapter is not finite after step 2.*last_good_adapter"):
+        trainer.save_model()
+    assert not (Path(trainer.args.output_dir) / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.jsonl", '{"text": "a"\n', "forget_dataset .*rows.jsonl.* cannot be read"),
+        ("rows.json", '{"text": "a"}', "it is no list of rows"),
+        ("rows.jsonl", '["a"]\n', "row 0 is no object"),
+        ("rows.csv", "question,answer\na,b,c\n", "row 0 .* more cells than the header"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name, text, message, tmp_path, make_trainer):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(forget_dataset=str(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    path = tmp_path / "excel.csv"
+    path.write_text("question,answer\nw1,w2\n", encoding="utf-8-sig")
+    assert load_rows(str(path), "forget_dataset").column_names == ["question", "answer"]

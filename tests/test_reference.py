@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 from conftest import perturb, tiny_llama, tiny_lora
 from peft import get_peft_model
+from safetensors import SafetensorError
 
 from rfa_llm import reference
 from rfa_llm.blocks import find_blocks
@@ -188,13 +190,27 @@ def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_p
     tiny_llama(initializer_range=0.1).save_pretrained(teacher)
     config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED}
     first = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
-    weights = (teacher / "model.safetensors").rename(tmp_path / "elsewhere")
+    # Unreadable weights of the same name, size and time: whoever loads the teacher fails.
+    weights = teacher / "model.safetensors"
+    content, stat = weights.read_bytes(), weights.stat()
+    weights.write_bytes(bytes(len(content)))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     second = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for change in ({"blocks": [0, 2]}, {"forget_tokens": "all"}, {"mean_rows": 3}):
-        with pytest.raises(OSError):
+        with pytest.raises(SafetensorError):
             make_trainer({**config, **change}, model=saved_llama)
-    with pytest.raises(OSError):
+    with pytest.raises(SafetensorError):
         make_trainer(config, model=saved_llama, forget_dataset=forget.select(range(5)))
-    weights.rename(teacher / "model.safetensors")
+    weights.write_bytes(content)
     make_trainer({**config, "mean_rows": 3}, model=saved_llama)
+
+
+def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_path, make_trainer):
+    teacher = tmp_path / "teacher"
+    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED}
+    features = []
+    for scale in (0.1, 0.3):
+        tiny_llama(initializer_range=scale).save_pretrained(teacher)
+        features.append(make_trainer(config, model=saved_llama)._teacher.rows([0])[0])
+    assert not torch.equal(*features)

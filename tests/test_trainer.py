@@ -220,10 +220,14 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(step, make_trainer):
 
     state = load_file(kept / "shift_state.safetensors")
     assert torch.equal(state["vectors"], random_directions(2, 32, seed=42))
-    save_file({"vectors": -state["vectors"]}, kept / "shift_state.safetensors")
+    metadata = {"shift": "random", "blocks": ", ".join(map(str, ALIGNED))}
+    save_file({"vectors": -state["vectors"]}, kept / "shift_state.safetensors", metadata=metadata)
     other, _ = run(str(kept))
     assert torch.equal(other._shift_vectors, -state["vectors"])
     assert not same(adapter(other.model), adapter(whole.model))
+    for field, changed in (("shift", {"shift": "mean"}), ("blocks", {"blocks": [0, 3]})):
+        with pytest.raises(ValueError, match=f"^{field}: .*kept.* was trained with .* but this run has"):
+            make_trainer({**config, **changed}, peft_config=lora).train(resume_from_checkpoint=str(kept))
 
 
 def test_pairs_of_an_epoch_do_not_depend_on_the_steps_before(make_trainer, retain):

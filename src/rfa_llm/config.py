@@ -120,6 +120,15 @@ class RFAConfig(TrainingArguments):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: True would drop the rows' token ids and masks; leave it False.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha: {self.neftune_noise_alpha} would add noise to every residual; leave it out."
+            )
+        if self.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy: {self.eval_strategy!r} has no evaluation set to run on; leave it 'no' and run "
+                "`rfa-llm evaluate` or `evaluate_tofu` afterwards."
+            )
         if self.shift == "ignorant" and self.teacher is None:
             raise ValueError(
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "

@@ -27,6 +27,8 @@ from .residuals import block_features
 
 # Attention implementations whose mask can show a window and the sinks; flash attention takes none but causal ones.
 MASKABLE = ("eager", "sdpa", "flex_attention")
+# Layer types, by their names in transformers' configs, that mix tokens by attention and by nothing else.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -52,6 +54,13 @@ def check_attention(model: PreTrainedModel, shift: str) -> None:
         raise ValueError(
             f"shift: {shift!r} needs attention that takes a custom mask or scale, which {name} "
             "(ALiBi or attention of its own) does not; use shift='mean', 'random', 'negate' or 'ignorant'."
+        )
+    layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types") or []
+    others = sorted(set(layer_types) - ATTENTION_LAYERS)
+    if others:
+        raise ValueError(
+            f"shift: {shift!r} changes attention alone, but {name} has {', '.join(others)} layers too, which would "
+            "still see everything; use shift='mean', 'random', 'negate' or 'ignorant'."
         )
     if shift == "local" and implementation not in MASKABLE:
         raise ValueError(
@@ -189,10 +198,13 @@ def mean_features(run, batches: Iterable[dict], device: torch.device) -> torch.T
 
 
 def teacher_features_path(
-    output_dir: str, teacher: str, aligned: Sequence[int], forget: Dataset, retain: Dataset, tokens: str
+    output_dir: str, teacher: str, dtype: str, aligned: Sequence[int], forget: Dataset, retain: Dataset, tokens: str
 ) -> Path:
     """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
-    fingerprint = json.dumps([teacher, list(aligned), tokens, forget["input_ids"][:], retain["input_ids"][:]])
+    # A local teacher may be trained again under the same name.
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(teacher).glob("*.safetensors"))]
+    inputs = [forget["input_ids"][:], retain["input_ids"][:]]
+    fingerprint = json.dumps([teacher, files, str(dtype), list(aligned), tokens, inputs])
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     # `Trainer.push_to_hub` leaves out folders that begin with an underscore.
     return Path(output_dir) / "_teacher_features" / f"{digest}.safetensors"

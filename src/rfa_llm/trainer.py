@@ -11,7 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -152,6 +153,11 @@ class RFATrainer(Trainer):
                     "model: shift='ignorant' runs the teacher before the model is loaded, so that two models never "
                     f"share the memory, but got a loaded {type(model).__name__}; pass the model's id or path."
                 )
+            if args.teacher == model:
+                raise ValueError(
+                    f"teacher: {args.teacher!r} is the model itself, whose features are no shift; pass the checkpoint "
+                    "from before the fine-tuning."
+                )
             self._teacher = self._run_teacher(args, config, forget, processing_class.pad_token_id, init_kwargs)
 
         if is_path:
@@ -232,7 +238,16 @@ class RFATrainer(Trainer):
         """`S_b` at the forget tokens that count, `[n, hidden]` a block, for the reference features `h0` there."""
         args = self.args
         if self.shift is not None:
-            return [self.shift(h, block) for h, block in zip(h0, self.aligned, strict=True)]
+            # A copy each, because the loss divides by these features and the function may change its own.
+            own = [self.shift(h.clone(), block) for h, block in zip(h0, self.aligned, strict=True)]
+            for s, h, block in zip(own, h0, self.aligned, strict=True):
+                if not isinstance(s, torch.Tensor) or s.shape != h.shape:
+                    got = list(s.shape) if isinstance(s, torch.Tensor) else type(s).__name__
+                    raise ValueError(
+                        f"shift: the function gave {got} for block {block}; return a tensor {list(h.shape)}, as its "
+                        "argument is."
+                    )
+            return own
         if args.shift == "negate":
             return [shifts.negate_shift(h, args.shift_scale) for h in h0]
         if args.shift == "mean":
@@ -300,7 +315,13 @@ class RFATrainer(Trainer):
                     "the model was fine-tuned from."
                 )
         path = reference.teacher_features_path(
-            args.output_dir, args.teacher, self.aligned, forget, self._mean_rows, args.forget_tokens
+            args.output_dir,
+            args.teacher,
+            init_kwargs["dtype"],
+            self.aligned,
+            forget,
+            self._mean_rows,
+            args.forget_tokens,
         )
         with PartialState().main_process_first():
             if not path.exists():
@@ -387,27 +408,56 @@ class RFATrainer(Trainer):
                 }
             return
         sets = " and ".join(name for name, is_bad in zip(("forget", "retain"), bad.tolist(), strict=True) if is_bad)
-        step = self.state.global_step + 1
+        self._stop(f"The loss on the {sets} set is not finite at step {self.state.global_step + 1}")
+
+    def _stop(self, what: str) -> None:
+        """Put the last good adapter on disk and raise `FloatingPointError`."""
         if not self._good_adapter:
             raise FloatingPointError(
-                f"The loss on the {sets} set is not finite at step {step}, before the adapter has learned anything; "
-                "load the model in float32 or bfloat16, or choose another shift."
+                f"{what}, before the adapter has learned anything; load the model in float32 or bfloat16, or choose "
+                "another shift."
             )
         for name, parameter in self.model.named_parameters():
             if name in self._good_adapter:
                 parameter.data.copy_(self._good_adapter[name])
         folder = Path(self.args.output_dir) / LAST_GOOD_NAME
-        self.save_model(str(folder))
+        super().save_model(str(folder))
         raise FloatingPointError(
-            f"The loss on the {sets} set is not finite at step {step}; the adapter as it was when the losses were "
-            f"last finite (after step {self._good_step}) is in {folder}; lower learning_rate."
+            f"{what}; the adapter as it was when the losses were last finite (after step {self._good_step}) is in "
+            f"{folder}; lower learning_rate."
         )
 
     # ---- checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
+
+        Args:
+            output_dir: The folder; by default `args.output_dir`.
+
+        Raises:
+            FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
+        """
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            self._stop(f"The adapter is not finite after step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
+
+    def _shift_metadata(self) -> dict[str, str]:
+        """What a checkpoint's shift vectors belong to."""
+        name = self.args.shift if self.shift is None else "a function"
+        return {"shift": name, "blocks": ", ".join(map(str, self.aligned))}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with safe_open(Path(resume_from_checkpoint) / SHIFT_STATE_NAME, framework="pt") as file:
+            for field, ours in self._shift_metadata().items():
+                theirs = file.metadata()[field]
+                if theirs != ours:
+                    raise ValueError(
+                        f"{field}: {resume_from_checkpoint!r} was trained with {theirs}, but this run has {ours}; "
+                        "resume with the same settings or start anew."
+                    )
+            self._shift_vectors = file.get_tensor("vectors")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._shift_vectors = load_file(Path(resume_from_checkpoint) / SHIFT_STATE_NAME)["vectors"]
 
     def _init_training_state(self, *args, **kwargs):
         # A resumed run's first logged step must not be averaged over the steps before it.
@@ -436,7 +486,8 @@ class _SaveShiftState(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file({"vectors": self.trainer._shift_vectors}, folder / SHIFT_STATE_NAME)
+            vectors = {"vectors": self.trainer._shift_vectors}
+            save_file(vectors, folder / SHIFT_STATE_NAME, metadata=self.trainer._shift_metadata())
 
 
 def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:

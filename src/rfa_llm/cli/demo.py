@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -29,6 +29,7 @@ from trl import TrlParser
 
 from rfa_llm.cli.evaluate import EvaluateArguments, load_question_sets, score, summary_table
 from rfa_llm.cli.finetune import finetune_trainer
+from rfa_llm.cli.main import USAGE
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.formats import PLAIN_TEMPLATE
@@ -45,14 +46,20 @@ LLAMA = {
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
 PRETRAIN = {"num_train_epochs": 12, "learning_rate": 2e-3, "per_device_train_batch_size": 32, "warmup_steps": 20}
 FINETUNE = {"num_train_epochs": 15, "learning_rate": 1e-3, "per_device_train_batch_size": 32, "warmup_steps": 20}
-UNLEARN = {"num_train_epochs": 50, "learning_rate": 5e-3, "per_device_train_batch_size": 16}
-# disable_tqdm is given because transformers would hide the bar together with its warnings.
-QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": False}
+UNLEARN = {"num_train_epochs": 50, "learning_rate": 5e-3, "per_device_train_batch_size": 8, "alpha": 2.0}
+# transformers would hide the bar together with its warnings, and torch warns of pinned memory where there is no GPU.
+QUIET = {
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": False,
+    "dataloader_pin_memory": False,
+}
 
 
 @dataclass
@@ -70,6 +77,7 @@ class DemoArguments:
         },
     )
     max_steps: int = field(default=-1, metadata={"help": "End each training after so many steps; -1 ends none."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
     model: str | None = field(
         default=None, metadata={"help": "Fine-tuned model of your own that has to forget: an id or a path."}
@@ -176,9 +184,8 @@ def demo(args: DemoArguments) -> dict:
         raise ValueError(
             f"output_dir: {args.output_dir!r} is not empty; choose another folder or add --overwrite_output_dir."
         )
-    # No user can mend what these have to say here.
+    # No user can mend what it has to say here.
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     adapter = str(folder / "adapter")
     own = args.model is not None
@@ -205,12 +212,15 @@ def demo(args: DemoArguments) -> dict:
         # These are done in a moment.
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+        # Matrices this small are not worth sharing; threads that wait for each other on a busy machine cost minutes.
+        torch.set_num_threads(1)
         make_models(args, folder)
         first, steps = 5, 6
 
     print(f"\n{first}/{steps} Letting {target} forget (shift {config.shift!r})", flush=True)
     forget, retain = load_tofu("forget", data_dir), load_tofu("retain", data_dir)
     if not own:
+        # What else has to stay, asked in other words than in the evaluation.
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     # An earlier demo's adapter, and its teacher's features, are of other models.
     shutil.rmtree(adapter, ignore_errors=True)
@@ -228,6 +238,7 @@ def demo(args: DemoArguments) -> dict:
             output_file=str(folder / f"{name}.json"),
             data_dir=data_dir,
             forget_config="forget_perturbed",
+            max_new_tokens=args.max_new_tokens,
             use_cpu=args.use_cpu,
             **more,
         )
@@ -275,5 +286,5 @@ def answers_table(logs: dict[str, dict], count: int = 4) -> str:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((DemoArguments,), prog="rfa-llm demo").parse_args_and_config(argv)
+    (args,) = TrlParser((DemoArguments,), prog="rfa-llm demo", usage=USAGE).parse_args_and_config(argv)
     demo(args)

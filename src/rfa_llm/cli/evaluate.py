@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
+from rfa_llm.cli.main import USAGE
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
 
@@ -63,6 +65,12 @@ def score(args: EvaluateArguments) -> dict:
     """Score the model and write the log to `args.output_file`."""
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    if Path(args.output_file).is_dir():
+        raise ValueError(f"output_file: {args.output_file!r} is a folder; give the name of a file.")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise ValueError(
+            f"batch_size, max_new_tokens: {args.batch_size} and {args.max_new_tokens} must both be 1 or more."
+        )
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.retain_log is not None:
         read_retain_truth_ratios(args.retain_log)
@@ -91,5 +99,5 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((EvaluateArguments,), prog="rfa-llm evaluate").parse_args_and_config(argv)
+    (args,) = TrlParser((EvaluateArguments,), prog="rfa-llm evaluate", usage=USAGE).parse_args_and_config(argv)
     evaluate(args)

@@ -20,6 +20,7 @@ from transformers import (
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from rfa_llm.blocks import lora_placement, num_blocks
+from rfa_llm.cli.main import USAGE
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 
 
@@ -101,7 +102,7 @@ def finetune(
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((FinetuneArguments, FinetuneConfig, FinetuneModelConfig), prog="rfa-llm finetune")
+    parser = TrlParser((FinetuneArguments, FinetuneConfig, FinetuneModelConfig), prog="rfa-llm finetune", usage=USAGE)
     data_args, training_args, model_args = parser.parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
+
+import yaml
 
 from rfa_llm import __version__
 
@@ -17,12 +21,16 @@ COMMANDS = {
 }
 
 
+# Of every subcommand; argparse's own would list hundreds of settings before each error.
+USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
+
+
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""
     debug = "--debug" in argv
     try:
         command([argument for argument in argv if argument != "--debug"])
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, yaml.YAMLError) as error:
         if debug:
             raise
         sys.exit(f"rfa-llm: error: {error}")
@@ -41,6 +49,9 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"rfa-llm {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    # What the libraries warn one another of is not for users of a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Only the command's name is read here; the rest is its own parser's.
     command = parser.parse_args(sys.argv[1:2]).command
     run(import_module(f"rfa_llm.cli.{command}").main, sys.argv[2:])

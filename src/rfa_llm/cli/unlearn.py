@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from rfa_llm.cli.main import USAGE
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
 from rfa_llm.trainer import RFATrainer
@@ -36,7 +37,7 @@ class UnlearnModelConfig(ModelConfig):
     dtype: str | None = field(
         default="auto",
         metadata={
-            "help": "dtype of the base model; auto takes the checkpoint's.",
+            "help": "dtype of the base model; auto takes the checkpoint's, or bfloat16 with --load_in_4bit.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -49,6 +50,9 @@ class UnlearnModelConfig(ModelConfig):
         super().__post_init__()
         if not self.use_peft:
             raise ValueError("use_peft: False leaves RFA without the adapter that it trains; leave it on.")
+        if self.load_in_4bit and self.dtype == "auto":
+            # The compute dtype of 4-bit weights has to be named.
+            self.dtype = "bfloat16"
 
 
 def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: UnlearnModelConfig) -> RFATrainer:
@@ -100,5 +104,5 @@ def residual_table(trainer: RFATrainer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((UnlearnArguments, RFAConfig, UnlearnModelConfig), prog="rfa-llm unlearn")
+    parser = TrlParser((UnlearnArguments, RFAConfig, UnlearnModelConfig), prog="rfa-llm unlearn", usage=USAGE)
     unlearn(*parser.parse_args_and_config(argv))

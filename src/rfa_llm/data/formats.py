@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 # The columns of each format, tried in this order.
@@ -27,12 +28,21 @@ def read_rows(path: Path) -> Dataset:
     """
     if path.suffix == ".parquet":
         return Dataset.from_list(pyarrow.parquet.read_table(path).to_pylist())
-    with path.open(encoding="utf-8", newline="") as file:
+    # Excel puts a byte order mark first, which "utf-8" would leave in a column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            return Dataset.from_list(list(csv.DictReader(file)))
-        if path.suffix == ".json":
-            return Dataset.from_list(json.load(file))
-        return Dataset.from_list([json.loads(line) for line in file if line.strip()])
+            rows = list(csv.DictReader(file))
+        elif path.suffix == ".json":
+            rows = json.load(file)
+        else:
+            rows = [json.loads(line) for line in file if line.strip()]
+    if not isinstance(rows, list):
+        raise ValueError("it is no list of rows")
+    for index, row in enumerate(rows):
+        # csv keeps cells beyond the header's under None.
+        if not isinstance(row, dict) or None in row:
+            raise ValueError(f"row {index} is no object, or has more cells than the header")
+    return Dataset.from_list(rows)
 
 
 def load_rows(source: str | Dataset, field: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -59,7 +69,10 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
         return load_dataset(source, config, split=split)
     if not path.is_file():
         raise ValueError(f"{field} is {source!r}, but there is no such file; give the path of a file that exists.")
-    return read_rows(path)
+    try:
+        return read_rows(path)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{field} {source!r} cannot be read ({error}); give UTF-8 text, every row alike.") from error
 
 
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -146,6 +159,10 @@ def prepare(
             encoded = encode(row, processing_class)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{field} row {index}: {error}") from error
+        except TemplateError as error:
+            raise ValueError(
+                f"{field} row {index}: the chat template refuses the turns ({error}); change either."
+            ) from error
         if max_length is not None and encoded["answer_start"] >= max_length:
             raise ValueError(
                 f"{field} row {index}: max_length={max_length} cuts the whole answer, which starts at token "

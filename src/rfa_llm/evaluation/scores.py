@@ -64,6 +64,9 @@ def answer_losses(
             for index, loss in zip(indices, _batch_losses(model, tokenizer, batch), strict=True):
                 losses[index] = loss
             progress.update(len(indices))
+    for index, loss in enumerate(losses):
+        if loss != loss:
+            raise ValueError(f"the model's loss on row {index} is NaN; its weights, or its adapter's, are broken.")
     return losses
 
 

@@ -122,6 +122,12 @@ def _check(sets: Mapping[str, Dataset]) -> None:
             )
         if len(sets[name]) == 0:
             raise ValueError(f"the question set {name!r} is empty; give at least one question.")
+        for column in columns[:-1]:
+            for index, text in enumerate(sets[name][column]):
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(
+                        f"row {index} of the question set {name!r} has {column}={text!r}; give text or drop the row."
+                    )
         for index, wrong in enumerate(sets[name]["perturbed_answer"]):
             if not isinstance(wrong, list) or not wrong:
                 raise ValueError(
