@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -114,6 +116,19 @@ def lora_placement(model: PreTrainedModel, last_block: int) -> dict:
         # All of the path but its root, so that a vision tower's blocks of the same name are left out.
         "layers_pattern": path.partition(".")[2],
     }
+
+
+def placed(peft_config: PeftConfig, model: PreTrainedModel, last_block: int) -> PeftConfig:
+    """The adapter's config with `lora_placement` filled in, or as it is where it names its own `target_modules`.
+
+    The config that was passed stays as it was: the placement is this model's, and the config may meet another one.
+    """
+    if peft_config.target_modules is not None:
+        return peft_config
+    peft_config = copy(peft_config)
+    for name, value in lora_placement(model, last_block).items():
+        setattr(peft_config, name, value)
+    return peft_config
 
 
 def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> None:

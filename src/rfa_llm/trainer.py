@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 
 import torch
@@ -32,8 +31,8 @@ from .blocks import (
     check_decoder_only,
     disable_dropout,
     find_blocks,
-    lora_placement,
     num_blocks,
+    placed,
     resolve_blocks,
 )
 from .config import RFAConfig
@@ -347,12 +346,7 @@ class RFATrainer(Trainer):
         else:
             if peft_config is None:
                 peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
-            if peft_config.target_modules is None:
-                # A copy: the placement is this model's, and the caller's config may meet another one.
-                peft_config = copy(peft_config)
-                for name, value in lora_placement(model, self.aligned[-1]).items():
-                    setattr(peft_config, name, value)
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, placed(peft_config, model, self.aligned[-1]))
         base = model.get_base_model()
         check_adapter_placement(base, self.aligned)
         if self.shift is None and args.shift in ("local", "smoothed"):

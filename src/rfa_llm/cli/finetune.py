@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from rfa_llm.blocks import lora_placement, num_blocks
+from rfa_llm.blocks import num_blocks, placed
 from rfa_llm.cli.main import USAGE
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 
@@ -117,10 +117,7 @@ def main(argv: list[str]) -> None:
         model = load_gguf(model_args.model_name_or_path, data_args.gguf_file, model_args.dtype)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
-        if peft_config.target_modules is None:
-            for name, value in lora_placement(model, num_blocks(model.config) - 1).items():
-                setattr(peft_config, name, value)
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, placed(peft_config, model, num_blocks(model.config) - 1))
     finetune(model, tokenizer, dataset, training_args)
     if peft_config is not None:
         model = model.merge_and_unload()
