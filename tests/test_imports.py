@@ -17,7 +17,9 @@ ALLOWED = {
     "data": {"data"},
     "evaluation": {"evaluation", "data.formats"},
     "reference": {"blocks", "residuals", "data"},
-    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "data"},
+    "memory": set(),
+    "checkpoints": {"config", "memory"},
+    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "data", "memory", "checkpoints"},
 }
 
 

@@ -3,14 +3,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import perturb, tiny_llama, tiny_lora, tiny_rows
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from rfa_llm.blocks import lora_placement
+from rfa_llm.memory import peak_bytes
 from rfa_llm.shifts import SHIFTS, random_directions
 
 ALIGNED = [1, 2]
@@ -142,7 +145,7 @@ def test_a_log_of_several_steps_is_their_mean(make_trainer):
     for name in (*LOGGED, "loss"):
         assert log[name] == pytest.approx(sum(log[name] for log in each[:3]) / 3, rel=1e-4)
     # The steps after the last log are in the summary at the end.
-    rest = every_third.state.log_history[-1]
+    rest = next(log for log in every_third.state.log_history if "train_runtime" in log)
     for name in LOGGED:
         assert rest[name] == pytest.approx(sum(log[name] for log in each[3:]) / 2, rel=1e-4)
 
@@ -218,16 +221,64 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(step, make_trainer):
     for ours, theirs in zip(step_logs(resumed), step_logs(whole), strict=True):
         assert {name: ours[name] for name in LOGGED} == {name: theirs[name] for name in LOGGED}
 
-    state = load_file(kept / "shift_state.safetensors")
+    state = load_file(kept / "rfa_state.safetensors")
     assert torch.equal(state["vectors"], random_directions(2, 32, seed=42))
-    metadata = {"shift": "random", "blocks": ", ".join(map(str, ALIGNED))}
-    save_file({"vectors": -state["vectors"]}, kept / "shift_state.safetensors", metadata=metadata)
+    with safe_open(kept / "rfa_state.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file({"vectors": -state["vectors"]}, kept / "rfa_state.safetensors", metadata=metadata)
     other, _ = run(str(kept))
     assert torch.equal(other._shift_vectors, -state["vectors"])
     assert not same(adapter(other.model), adapter(whole.model))
-    for field, changed in (("shift", {"shift": "mean"}), ("blocks", {"blocks": [0, 3]})):
-        with pytest.raises(ValueError, match=f"^{field}: .*kept.* was trained with .* but this run has"):
-            make_trainer({**config, **changed}, peft_config=lora).train(resume_from_checkpoint=str(kept))
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, retain):
+    config = {"shift": "random", "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "alpha": 4.0}
+    trainer = make_trainer(config)
+    trainer.train()
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-2")
+    tuned = tiny_llama()
+    tuned.model.layers[2].mlp.up_proj.weight.data += 0.01
+    others = {
+        "base_model": ({}, {"model": tuned}),
+        "forget_dataset": ({}, {"forget_dataset": forget.select(range(5))}),
+        "retain_dataset": ({}, {"retain_dataset": retain.select(range(9))}),
+        "shift": ({"shift": "mean"}, {}),
+        "blocks": ({"blocks": [0, 3]}, {}),
+        "alpha": ({"alpha": 3.0}, {}),
+        "seed": ({"seed": 7}, {}),
+    }
+    for field, (changed, kwargs) in others.items():
+        with pytest.raises(ValueError, match=f"^{field}: .*checkpoint-2' was trained with .* but this run has"):
+            make_trainer({**config, **changed}, **kwargs).train(resume_from_checkpoint=checkpoint)
+    again = make_trainer({**config, "max_steps": 3})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_a_half_written_checkpoint_is_passed_over(make_trainer):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = make_trainer(config)
+    folder = Path(trainer.args.output_dir)
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: True, but .* holds no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-6")
+    (folder / "checkpoint-6" / "rfa_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .*checkpoint-6' is no whole checkpoint"):
+        make_trainer(config).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    resumed = make_trainer({**config, "max_steps": 5})
+    resumed.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in step_logs(resumed)] == [1, 2, 3, 4, 5]
+
+
+def test_the_memory_of_a_run_is_reported(make_trainer):
+    model = tiny_llama()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    metrics = make_trainer(model=model).train().metrics
+    assert metrics["base_model_bytes"] == weights
+    assert metrics["peak_bytes/process_0"] == pytest.approx(peak_bytes(torch.device("cpu")), rel=0.01)
+    assert metrics["peak_bytes/process_0"] > psutil.Process().memory_info().rss / 2
 
 
 def test_pairs_of_an_epoch_do_not_depend_on_the_steps_before(make_trainer, retain):

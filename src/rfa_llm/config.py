@@ -58,6 +58,9 @@ class RFAConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the model's forward does not name RFA's columns."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every weight of the adapter gets a gradient in each step."}
+    )
 
     # The method.
     alpha: float = field(default=4.0, metadata={"help": "Weight of the retain loss, positive."})

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import tqdm
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
 

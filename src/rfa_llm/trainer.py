@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import reference, residuals, shifts
 from .blocks import (
@@ -35,12 +37,18 @@ from .blocks import (
     placed,
     resolve_blocks,
 )
+from .checkpoints import (
+    base_model_digest,
+    newest_whole_checkpoint,
+    read_method_state,
+    run_fingerprint,
+    write_method_state,
+)
 from .config import RFAConfig
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, PairCollator
+from .memory import base_model_bytes, held_values, peak_bytes, start_peak
 
-# What a checkpoint holds of the method besides the adapter: the per-block vectors of the shift.
-SHIFT_STATE_NAME = "shift_state.safetensors"
 LAST_GOOD_NAME = "last_good_adapter"
 
 
@@ -179,11 +187,13 @@ class RFATrainer(Trainer):
                 "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its "
                 "forget and its retain rows; run `accelerate launch` or show one GPU, and leave dispatch_batches off."
             )
+        _check_launch(self.accelerator.num_processes)
         # peft saves no such tags of its own; the Hub lists adapters by them.
         self.model.add_model_tags(self._tag_names)
         self.add_callback(_NextEpochsPairs(self.train_dataset))
-        self.add_callback(_SaveShiftState(self))
 
+        self._base_bytes = base_model_bytes(self.model)
+        self._fingerprint = self._make_fingerprint(forget, retain)
         self._shift_vectors: torch.Tensor | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._sums_since_step = 0
@@ -322,7 +332,11 @@ class RFATrainer(Trainer):
             self._mean_rows,
             args.forget_tokens,
         )
-        with PartialState().main_process_first():
+        # ZeRO-3 would load the teacher in shards, which takes all processes; only one runs it.
+        whole = (
+            args.deepspeed_plugin.zero3_init_context_manager(enable=False) if args.deepspeed_plugin else nullcontext()
+        )
+        with PartialState().main_process_first(), whole:
             if not path.exists():
                 reference.write_teacher_features(
                     path,
@@ -397,9 +411,7 @@ class RFATrainer(Trainer):
         if not bad.any():
             if self._good_step != self.state.global_step:
                 self._good_step = self.state.global_step
-                self._good_adapter = {
-                    name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
-                }
+                self._good_adapter = {name: [v.clone() for v in held_values(p)] for name, p in self._adapter()}
             return
         sets = " and ".join(name for name, is_bad in zip(("forget", "retain"), bad.tolist(), strict=True) if is_bad)
         self._stop(f"The loss on the {sets} set is not finite at step {self.state.global_step + 1}")
@@ -411,9 +423,9 @@ class RFATrainer(Trainer):
                 f"{what}, before the adapter has learned anything; load the model in float32 or bfloat16, or choose "
                 "another shift."
             )
-        for name, parameter in self.model.named_parameters():
-            if name in self._good_adapter:
-                parameter.data.copy_(self._good_adapter[name])
+        for name, parameter in self._adapter():
+            for value, good in zip(held_values(parameter), self._good_adapter[name], strict=True):
+                value.copy_(good)
         folder = Path(self.args.output_dir) / LAST_GOOD_NAME
         super().save_model(str(folder))
         raise FloatingPointError(
@@ -432,26 +444,71 @@ class RFATrainer(Trainer):
         Raises:
             FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
         """
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        bad = sum((~torch.isfinite(value)).sum() for _, p in self._adapter() for value in held_values(p))
+        if self.accelerator.reduce(bad, "sum"):
             self._stop(f"The adapter is not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
 
-    def _shift_metadata(self) -> dict[str, str]:
-        """What a checkpoint's shift vectors belong to."""
-        name = self.args.shift if self.shift is None else "a function"
-        return {"shift": name, "blocks": ", ".join(map(str, self.aligned))}
+    def _adapter(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with safe_open(Path(resume_from_checkpoint) / SHIFT_STATE_NAME, framework="pt") as file:
-            for field, ours in self._shift_metadata().items():
-                theirs = file.metadata()[field]
-                if theirs != ours:
-                    raise ValueError(
-                        f"{field}: {resume_from_checkpoint!r} was trained with {theirs}, but this run has {ours}; "
-                        "resume with the same settings or start anew."
-                    )
-            self._shift_vectors = file.get_tensor("vectors")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
+        # Only the first process is sure to have the base model's values (FSDP may leave the others without).
+        digest = [base_model_digest(self.model) if self.accelerator.is_main_process else None]
+        return run_fingerprint(
+            self.args,
+            self.args.shift if self.shift is None else "a function",
+            self.aligned,
+            broadcast_object_list(digest)[0],
+            forget["input_ids"][:],
+            retain["input_ids"][:],
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train the adapter.
+
+        Args:
+            resume_from_checkpoint: A checkpoint to go on from, or `True` for the newest whole one in `output_dir`
+                (a kill in the middle of a write leaves one that is not).
+            kwargs: As in [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`; its metrics hold also `base_model_bytes` (the base model's weights, all devices together)
+            and `peak_bytes/process_N` (`rfa_llm.memory.peak_bytes` of each process).
+
+        Raises:
+            ValueError: There is no whole checkpoint, or it belongs to another forget set, retain set, base model,
+                shift, block list or setting (which).
+            FloatingPointError: A loss is not finite; the last good adapter is on disk by then.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: True, but {self.args.output_dir!r} holds no whole checkpoint; leave it "
+                    "out to start anew."
+                )
+        if resume_from_checkpoint:
+            self._shift_vectors = read_method_state(resume_from_checkpoint, self._fingerprint)
+        start_peak(self.args.device)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        peaks = self.accelerator.gather(torch.tensor([peak_bytes(self.args.device)], device=self.args.device))
+        memory = {f"peak_bytes/process_{rank}": peak for rank, peak in enumerate(peaks.tolist())}
+        memory = {"base_model_bytes": self._base_bytes, **memory}
+        output.metrics.update(memory)
+        self.log(memory)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        # Older checkpoints go only when the new one is whole: every process has written its part, and the mark is set.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_method_state(folder, self._shift_vectors, self._fingerprint)
+            rotate_checkpoints(self.args.output_dir, limit)
 
     def _init_training_state(self, *args, **kwargs):
         # A resumed run's first logged step must not be averaged over the steps before it.
@@ -471,22 +528,19 @@ class _NextEpochsPairs(TrainerCallback):
         self.pairs.set_epoch(int(state.epoch))
 
 
-class _SaveShiftState(TrainerCallback):
-    """Puts the shift's vectors into each checkpoint, so that a resumed run keeps them."""
-
-    def __init__(self, trainer: RFATrainer):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            vectors = {"vectors": self.trainer._shift_vectors}
-            save_file(vectors, folder / SHIFT_STATE_NAME, metadata=self.trainer._shift_metadata())
-
-
 def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
     """The features at the masked positions, `[n, hidden]` a block."""
     return [feature[mask.to(feature.device)] for feature in features]
+
+
+def _check_launch(num_processes: int) -> None:
+    # accelerate goes on alone, without a word, where it finds no device or backend for a process of several.
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != num_processes:
+        raise ValueError(
+            f"args: {started} processes were started, but they are not connected and each would train alone; on the "
+            "CPU set use_cpu=True (with DeepSpeed ddp_backend='gloo' instead)."
+        )
 
 
 def _check_output_dir(args: RFAConfig) -> None:

@@ -1,0 +1,109 @@
+"""What a checkpoint holds of the method, what it belongs to, and which checkpoint is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
+
+from .config import RFAConfig
+from .memory import held_values
+
+# Written last of all, so a folder that has it is whole.
+METHOD_STATE_NAME = "rfa_state.safetensors"
+# Settings of ours that do not change what is learnt.
+FREE = {"overwrite_output_dir", "model_init_kwargs"}
+
+
+def newest_whole_checkpoint(output_dir: str) -> str | None:
+    """Path of the newest checkpoint in a folder that no kill cut short; `None` where there is none."""
+    checkpoints = sort_checkpoints(output_dir)
+    return next((path for path in reversed(checkpoints) if (Path(path) / METHOD_STATE_NAME).exists()), None)
+
+
+def run_fingerprint(
+    args: RFAConfig, shift: str, aligned: Iterable[int], base_model: str, forget_ids: list, retain_ids: list
+) -> dict[str, str]:
+    """What a checkpoint must share with the run that goes on from it, by name.
+
+    Args:
+        args: The run's settings; the method's own and the seeds count.
+        shift: Name of the shift.
+        aligned: Aligned block indices.
+        base_model: From `base_model_digest`.
+        forget_ids, retain_ids: Token ids of the two sets' rows.
+
+    Returns:
+        Text a name: settings as they are, the sets and the base model as digests.
+    """
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = sorted({field.name for field in fields(args)} - inherited - FREE - {"shift", "blocks"})
+    settings = {name: json.dumps(getattr(args, name)) for name in [*own, "seed", "data_seed"]}
+    return {
+        "base_model": base_model,
+        "forget_dataset": _digest(json.dumps(forget_ids).encode()),
+        "retain_dataset": _digest(json.dumps(retain_ids).encode()),
+        "shift": shift,
+        "blocks": ", ".join(map(str, aligned)),
+        **settings,
+    }
+
+
+def base_model_digest(model: PeftModel) -> str:
+    """SHA-256 over name, dtype and first values of each of the base model's parameters.
+
+    Every fine-tuning moves every weight matrix, so a few values a parameter tell two models apart, and a model of any
+    size is told in a moment. Where ZeRO-3 has cut the parameters up, the first process holds their first values.
+    """
+    parts = []
+    for name, parameter in model.get_base_model().named_parameters():
+        if parameter.requires_grad:
+            continue
+        values = held_values(parameter)[-1]
+        first = values.flatten()[:16].float().cpu().tolist()
+        parts.append((name, str(values.dtype), first))
+    return _digest(json.dumps(parts).encode())
+
+
+def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:
+    """Put the shift's vectors and the fingerprint into a checkpoint, in one move: from then on it is whole."""
+    part = folder / f".{METHOD_STATE_NAME}.part"
+    save_file({"vectors": vectors}, part, metadata=fingerprint)
+    os.replace(part, folder / METHOD_STATE_NAME)
+
+
+def read_method_state(folder: str, fingerprint: dict[str, str]) -> torch.Tensor:
+    """The shift's vectors of a checkpoint that belongs to this run, `[blocks, hidden]` float32.
+
+    Raises:
+        ValueError: The checkpoint is not whole, or belongs to a run of other settings, sets or base model (which).
+    """
+    path = Path(folder) / METHOD_STATE_NAME
+    if not path.exists():
+        raise ValueError(
+            f"resume_from_checkpoint: {folder!r} is no whole checkpoint of RFA ({METHOD_STATE_NAME} is missing); give "
+            "another one, or True for the newest whole one."
+        )
+    with safe_open(path, framework="pt") as file:
+        for name, ours in fingerprint.items():
+            theirs = file.metadata().get(name)
+            if theirs != ours:
+                raise ValueError(
+                    f"{name}: {folder!r} was trained with {theirs}, but this run has {ours}; resume with the same "
+                    f"{name} or start anew."
+                )
+        return file.get_tensor("vectors")
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
