@@ -37,7 +37,8 @@ class UnlearnModelConfig(ModelConfig):
     dtype: str | None = field(
         default="auto",
         metadata={
-            "help": "dtype of the base model; auto takes the checkpoint's, or bfloat16 with --load_in_4bit.",
+            "help": "dtype of the base model, and that 4-bit layers compute in; auto takes the checkpoint's, or "
+            "bfloat16 with --load_in_4bit.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -45,6 +46,16 @@ class UnlearnModelConfig(ModelConfig):
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the base model's linear layers in 4 bits: NF4 with double quantization by default."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the base model's linear layers in 8 bits: LLM.int8()."}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=True, metadata={"help": "Quantize the scales of 4-bit weights too (double quantization)."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,13 +1,15 @@
 """Evaluation of unlearning on TOFU: scores of a model's answers, metrics, the suite, and its log format."""
 
 from rfa_llm.evaluation.log import read_log, read_retain_truth_ratios, write_log
-from rfa_llm.evaluation.scores import answer_losses, greedy_answers
+from rfa_llm.evaluation.scores import answer_losses, greedy_answers, next_token_kl, next_token_logits
 from rfa_llm.evaluation.suite import evaluate_tofu, summary
 
 __all__ = [
     "answer_losses",
     "evaluate_tofu",
     "greedy_answers",
+    "next_token_kl",
+    "next_token_logits",
     "read_log",
     "read_retain_truth_ratios",
     "summary",

@@ -1,4 +1,4 @@
-"""What a causal language model says of answers: their losses, and its own greedy ones."""
+"""What a causal language model says: the losses of answers, greedy answers, and next-token distributions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,10 +169,55 @@ def _batch_answers(
     return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
+@torch.inference_mode()
+def next_token_logits(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Iterator[torch.Tensor]:
+    """The model's logits of the next token at every position of each sequence, one sequence at a time.
+
+    Args:
+        model: a causal language model, with or without an adapter; run in evaluation mode and left as it was.
+        sequences: n lists of token ids, such as the `input_ids` of `rfa_llm.data.formats.prepare`.
+
+    Yields:
+        n tensors `[tokens, vocabulary]` in the model's dtype, on the CPU.
+    """
+    with _evaluating(model):
+        for ids in sequences:
+            yield model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].cpu()
+
+
+def next_token_kl(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of the next-token distributions p and q that two models' logits give at the same positions.
+
+    Args:
+        logits: p's, `[tokens, vocabulary]`, of any dtype.
+        other_logits: q's, likewise.
+
+    Returns:
+        float64 `[tokens]`, in nats, at least 0; infinite where q rules out a token that p does not, and NaN where a
+        logit is.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if logits.shape != other_logits.shape:
+        raise ValueError(
+            f"logits, other_logits: {list(logits.shape)} and {list(other_logits.shape)} differ; give two models' "
+            "logits of the same tokens and vocabulary."
+        )
+    # Without validation, so that a NaN comes out as NaN; -inf (a token that is ruled out) is taken as probability 0.
+    p, q = (Categorical(logits=of.double(), validate_args=False) for of in (logits, other_logits))
+    return kl_divergence(p, q)
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
+    # On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights anew, with coarser scales, at their first forward in
+    # evaluation mode. In training mode these layers, which have no dropout, compute the same and stay as they are.
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
     try:
         yield
     finally:
