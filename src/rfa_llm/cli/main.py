@@ -16,6 +16,7 @@ from rfa_llm import __version__
 COMMANDS = {
     "unlearn": "make a model forget a set of rows; writes a LoRA adapter",
     "evaluate": "score a model, with or without an adapter, on TOFU's question sets",
+    "merge": "make an adapter and its base one full-precision model",
     "finetune": "fine-tune a model on question/answer rows (a target to unlearn, or its retain-only twin)",
     "demo": "see it work on a small model of made-up authors, or on a model of your own",
 }
