@@ -137,4 +137,7 @@ class RFAConfig(TrainingArguments):
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "
                 "use shift='local', which needs none."
             )
+        if self.resume_from_checkpoint in ("true", "True"):
+            # Text, as the command line hands it over.
+            self.resume_from_checkpoint = True
         super().__post_init__()

@@ -508,7 +508,8 @@ class RFATrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_method_state(folder, self._shift_vectors, self._fingerprint)
-            rotate_checkpoints(self.args.output_dir, limit)
+            # By time, so that what a kill left half-written, whatever its step, goes first.
+            rotate_checkpoints(self.args.output_dir, limit, use_mtime=True)
 
     def _init_training_state(self, *args, **kwargs):
         # A resumed run's first logged step must not be averaged over the steps before it.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -43,12 +44,13 @@ def launch(argv: list[str]) -> bool:
         raise ValueError(
             f"accelerate_config: {own.accelerate_config!r} is neither a file nor one of {', '.join(known)}; give one."
         )
-    with source as config:
+    # torch's launcher leaves its log folders behind, in TMPDIR.
+    with source as config, TemporaryDirectory() as temporary:
         settings = yaml.safe_load(config.read_text())
         words = ["--config_file", str(config)]
         if own.num_processes is not None:
             words += ["--num_processes", own.num_processes]
-        environment = dict(os.environ)
+        environment = {**os.environ, "TMPDIR": temporary}
         if settings.get("use_cpu"):
             # accelerate's file alone does not bring several CPU processes together.
             if settings["distributed_type"] == "DEEPSPEED":

@@ -12,6 +12,7 @@ from importlib import import_module
 import yaml
 
 from rfa_llm import __version__
+from rfa_llm.cli.launch import launch
 
 COMMANDS = {
     "unlearn": "make a model forget a set of rows; writes a LoRA adapter",
@@ -55,7 +56,12 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Only the command's name is read here; the rest is its own parser's.
     command = parser.parse_args(sys.argv[1:2]).command
-    run(import_module(f"rfa_llm.cli.{command}").main, sys.argv[2:])
+
+    def run_command(argv: list[str]) -> None:
+        if command != "unlearn" or not launch(argv):
+            import_module(f"rfa_llm.cli.{command}").main(argv)
+
+    run(run_command, sys.argv[2:])
 
 
 if __name__ == "__main__":

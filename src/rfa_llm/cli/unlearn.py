@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pandas as pd
+import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rfa_llm.cli.main import USAGE
@@ -88,11 +89,25 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"\n{residual_table(trainer)}\n\nAdapter saved to {training_args.output_dir}.")
+    trainer.accelerator.print(
+        f"\n{residual_table(trainer)}\n\n{memory_report(metrics, training_args.device)}\n\n"
+        f"Adapter saved to {training_args.output_dir}."
+    )
+    trainer.accelerator.end_training()
     return trainer
+
+
+def memory_report(metrics: dict[str, float], device: torch.device) -> str:
+    """Each process's peak against the base model's own bytes, as text."""
+    base = metrics["base_model_bytes"]
+    peaks = {name.rpartition("_")[2]: value for name, value in metrics.items() if name.startswith("peak_bytes/")}
+    what = "resident set, Python and libraries included" if device.type == "cpu" else "allocated"
+    return f"Peak memory ({what}); the base model's weights are {base / 2**30:.2f} GiB\n" + "\n".join(
+        f"process {rank} on {device.type}  {peak / 2**30:.2f} GiB  {peak / base:.2f}x" for rank, peak in peaks.items()
+    )
 
 
 def residual_table(trainer: RFATrainer) -> str:
@@ -115,5 +130,11 @@ def residual_table(trainer: RFATrainer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((UnlearnArguments, RFAConfig, UnlearnModelConfig), prog="rfa-llm unlearn", usage=USAGE)
+    parser = TrlParser(
+        (UnlearnArguments, RFAConfig, UnlearnModelConfig),
+        prog="rfa-llm unlearn",
+        usage=USAGE,
+        epilog="--accelerate_config NAME [--num_processes N] runs it in several processes: a file of "
+        "configs/accelerate, or one of your own.",
+    )
     unlearn(*parser.parse_args_and_config(argv))
