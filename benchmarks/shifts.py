@@ -22,22 +22,21 @@ import yaml
 
 from rfa_llm.evaluation import read_log, read_retain_truth_ratios, summary
 from rfa_llm.evaluation.metrics import forget_quality
+from rfa_llm.shifts import SHIFTS
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "tofu800_shifts"
 RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
-# Shift, seed and steps: the default shift has a second seed and the recipe's 90 steps; the others, to spare two cores,
-# have half of them.
-RUNS = [
-    ("local", 0, 90),
-    ("local", 1, 90),
-    ("smoothed", 0, 45),
-    ("ignorant", 0, 45),
-    ("mean", 0, 45),
-    ("random", 0, 45),
-    ("negate", 0, 45),
-]
+# What each run changes of the recipe. The default shift has a second seed, and tries with a stronger retain loss; the
+# other shifts, to spare two cores, have half of the recipe's steps.
+RUNS = {
+    "local_seed0": {"shift": "local", "seed": 0, "max_steps": 90},
+    "local_seed1": {"shift": "local", "seed": 1, "max_steps": 90},
+    "local_alpha8_seed0": {"shift": "local", "seed": 0, "max_steps": 90, "alpha": 8.0},
+    "local_alpha8_120_seed0": {"shift": "local", "seed": 0, "max_steps": 120, "alpha": 8.0},
+    **{f"{shift}_seed0": {"shift": shift, "seed": 0, "max_steps": 45} for shift in SHIFTS if shift != "local"},
+}
 
 
 def command(*words: str | Path) -> None:
@@ -80,25 +79,23 @@ def write_result(name: str, log_file: Path, retain_log: Path, settings: dict, hi
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run_shift(shift: str, seed: int, steps: int, retain_log: Path, args: argparse.Namespace) -> None:
-    name = f"{shift}_seed{seed}"
+def run_shift(name: str, changes: dict, retain_log: Path, args: argparse.Namespace) -> None:
     if (RESULTS / f"{name}.json").exists():
         return
     adapter = args.runs / name
     target = args.models / "target"
-    settings = {"shift": shift, "seed": seed, "max_steps": steps}
-    if shift == "ignorant":
-        settings["teacher"] = str(args.models / "base")
     if not (adapter / "adapter_config.json").exists():
         sets = {f"{kind}_dataset": args.data_dir / f"{kind}.jsonl" for kind in ("forget", "retain")}
-        words = {"model_name_or_path": target, "output_dir": adapter, **sets, **settings}
+        words = {"model_name_or_path": target, "output_dir": adapter, **sets, **changes}
+        if changes["shift"] == "ignorant":
+            words["teacher"] = args.models / "base"
         command(
             *("unlearn", "--config", RECIPE),
             *(word for key, value in words.items() for word in (f"--{key}", value)),
         )
     log = evaluate(name, target, args, "--adapter_name_or_path", adapter, "--retain_log", retain_log)
     state = json.loads((adapter / "trainer_state.json").read_text())
-    write_result(name, log, retain_log, {**yaml.safe_load(RECIPE.read_text()), **settings}, state["log_history"])
+    write_result(name, log, retain_log, {**yaml.safe_load(RECIPE.read_text()), **changes}, state["log_history"])
 
 
 def table() -> str:
@@ -109,14 +106,15 @@ def table() -> str:
     columns = list(results[first[0]]["summary"])
     target_utility = results["target"]["summary"]["model_utility"]
     lines = [
-        f"| model | steps | {' | '.join(column.replace('_', ' ') for column in columns)} | utility / target's |",
-        "| --- |" + " ---: |" * (len(columns) + 2),
+        f"| model | alpha | steps | {' | '.join(columns).replace('_', ' ')} | utility / target's |",
+        "| --- |" + " ---: |" * (len(columns) + 3),
     ]
     for name in [*first, *rest]:
         row = results[name]["summary"]
         cells = [f"{row[column]:.3g}" if column == "forget_quality" else f"{row[column]:.3f}" for column in columns]
-        steps = results[name]["settings"].get("max_steps", "-")
-        lines.append(f"| {name} | {steps} | {' | '.join(cells)} | {row['model_utility'] / target_utility:.3f} |")
+        alpha, steps = (results[name]["settings"].get(field, "-") for field in ("alpha", "max_steps"))
+        cells.append(f"{row['model_utility'] / target_utility:.3f}")
+        lines.append(f"| {name} | {alpha} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -131,11 +129,12 @@ def main() -> None:
 
     retain_log = evaluate("retain-only", args.models / "retain", args)
     target_log = evaluate("target", args.models / "target", args, "--retain_log", retain_log)
-    write_result("retain-only", retain_log, retain_log, {}, [])
-    write_result("target", target_log, retain_log, {}, [])
-    for shift, seed, steps in RUNS:
-        if not args.only or f"{shift}_seed{seed}" in args.only:
-            run_shift(shift, seed, steps, retain_log, args)
+    for name, log in (("retain-only", retain_log), ("target", target_log)):
+        if not (RESULTS / f"{name}.json").exists():
+            write_result(name, log, retain_log, {}, [])
+    for name, changes in RUNS.items():
+        if not args.only or name in args.only:
+            run_shift(name, changes, retain_log, args)
     caption = (
         "SmolLM2-135M-Instruct fine-tuned on TOFU's 800-row subset, made to forget its 100 forget rows "
         "(`configs/tofu800.yaml`; written by `benchmarks/shifts.py`). Scores by TOFU's definitions; forget quality is "
