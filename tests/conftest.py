@@ -46,8 +46,7 @@ def perturb(model: torch.nn.Module, scale: float = 0.05) -> None:
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; adds no bos."""
     vocab = {token: i for i, token in enumerate(SPECIAL + WORDS)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -55,6 +54,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import reference, residuals, shifts
@@ -332,11 +333,7 @@ class RFATrainer(Trainer):
             self._mean_rows,
             args.forget_tokens,
         )
-        # ZeRO-3 would load the teacher in shards, which takes all processes; only one runs it.
-        whole = (
-            args.deepspeed_plugin.zero3_init_context_manager(enable=False) if args.deepspeed_plugin else nullcontext()
-        )
-        with PartialState().main_process_first(), whole:
+        with PartialState().main_process_first(), _loaded_whole(args):
             if not path.exists():
                 reference.write_teacher_features(
                     path,
@@ -527,6 +524,20 @@ class _NextEpochsPairs(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.pairs.set_epoch(int(state.epoch))
+
+
+@contextmanager
+def _loaded_whole(args: RFAConfig) -> Iterator[None]:
+    """Let `from_pretrained` load a model whole under ZeRO-3 too; in shards it would take all the processes."""
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    config = args.hf_deepspeed_config if args.deepspeed else args.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,218 @@
+"""Two CPU processes and one train the same adapter, whatever the launch mode; failures end all; nothing is left."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_llama, tiny_tokenizer
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from rfa_llm.cli import unlearn
+from rfa_llm.shifts import SHIFTS
+
+ROOT = Path(__file__).parent.parent
+MODES = ["ddp", "fsdp2", "zero2", "zero3"]
+SHARDED = {"fsdp2", "zero3"}
+# What several processes need on the CPU beside a configuration that is made for GPUs.
+ON_CPU = {
+    "ddp": ["--use_cpu", "true"],
+    "fsdp2": [],
+    "zero2": ["--ddp_backend", "gloo"],
+    "zero3": ["--ddp_backend", "gloo"],
+}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, a teacher for it, and rows of very different lengths."""
+    folder = tmp_path_factory.mktemp("multi_process")
+    for name, config in (("model", {}), ("teacher", {"initializer_range": 0.3})):
+        tiny_llama(**config).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    draw = random.Random(0)
+    for name, number in (("forget", 24), ("retain", 36)):
+        rows = []
+        for i in range(number):
+            words = [f"w{draw.randrange(52)}" for _ in range(draw.choice([1, 2, 5, 40]))]
+            rows.append({"question": f"{name} w{i} w{draw.randrange(52)} ?", "answer": " ".join(words)})
+        Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+def words(folder: Path, output_dir: Path, **settings) -> list[str]:
+    common = {
+        "model_name_or_path": folder / "model",
+        "forget_dataset": folder / "forget.jsonl",
+        "retain_dataset": folder / "retain.jsonl",
+        "output_dir": output_dir,
+        "dtype": "float32",
+        "max_steps": STEPS,
+        "warmup_steps": 1,
+        "learning_rate": 0.01,
+        "lora_r": 4,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "save_strategy": "no",
+    }
+    if settings.get("shift") == "ignorant":
+        common["teacher"] = folder / "teacher"
+    return [str(word) for key, value in {**common, **settings}.items() for word in (f"--{key}", value)]
+
+
+def one_process(folder: Path, output_dir: Path, **settings) -> Path:
+    """The same global batch of 4 forget rows in this process."""
+    unlearn.main(words(folder, output_dir, per_device_train_batch_size=4, use_cpu="true", **settings))
+    return output_dir
+
+
+def start(command: list[str], tmp: Path, **environment) -> subprocess.CompletedProcess:
+    tmp.mkdir(exist_ok=True)
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "TMPDIR": str(tmp)}
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        env={**os.environ, **own, **environment},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+def two_processes(mode: str, folder: Path, output_dir: Path, tmp: Path, **settings) -> Path:
+    """The mode's own configuration, in float32, through `accelerate launch`."""
+    config = ["--config_file", f"configs/accelerate/{mode}.yaml", "--mixed_precision", "no"]
+    port = ["--main_process_port", "0"]
+    arguments = words(folder, output_dir, per_device_train_batch_size=2, **settings) + ON_CPU[mode]
+    done = start(["accelerate.commands.launch", *config, *port, "tests/multi_process_worker.py", *arguments], tmp)
+    assert done.returncode == 0, done.stdout
+    for rank in range(2):
+        report = json.loads((output_dir / f"process_{rank}.json").read_text())
+        assert report["hooks"] == 0
+        assert report["held"] == pytest.approx(0.5, abs=0.02) if mode in SHARDED else report["held"] == 1
+    return output_dir
+
+
+def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
+    """Every weight matrix to `tolerance` of its norm, every logged figure of every step to `tolerance` of itself."""
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.linalg.norm(a[name] - b[name]) <= tolerance * torch.linalg.norm(b[name]), name
+    histories = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (ours, theirs)]
+    steps = [[entry for entry in history if "loss" in entry] for history in histories]
+    assert len(steps[0]) == len(steps[1]) == STEPS
+    for our, their in zip(*steps, strict=True):
+        for name in their:
+            if name.startswith(("loss", "residual")):
+                assert our[name] == pytest.approx(their[name], rel=tolerance), f"{name} of step {their['step']}"
+
+
+def assert_nothing_left(output_dir: Path, tmp: Path) -> None:
+    assert not [p for p in psutil.process_iter() if str(output_dir) in " ".join(p.cmdline())]
+    # torch's launcher leaves its empty log folders.
+    assert not [path for path in tmp.rglob("*") if path.is_file()] and not list(output_dir.rglob("*.part*"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "shift"), [("ddp", "local"), ("fsdp2", "ignorant"), ("zero2", "smoothed"), ("zero3", "ignorant")]
+)
+def test_the_cut_over_processes_changes_nothing(mode, shift, folder, tmp_path):
+    alone = one_process(folder, tmp_path / "alone", shift=shift)
+    tmp = tmp_path / "tmp"
+    both = two_processes(mode, folder, tmp_path / "both", tmp, shift=shift)
+    assert_same_run(both, alone, 1e-5)
+    assert_nothing_left(both, tmp)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nor_do_accumulation_checkpointing_and_a_resume(mode, folder, tmp_path):
+    settings = {"gradient_accumulation_steps": 3, "shift": "mean" if mode == "ddp" else "local"}
+    alone = one_process(folder, tmp_path / "alone", **settings)
+    settings |= {"gradient_checkpointing": "true", "save_strategy": "steps", "save_steps": 4}
+    both = two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", **settings)
+    assert_same_run(both, alone, 1e-5)
+    # A known bug of a peer: under checkpointing, blocks whose input needs no gradient are never trained.
+    adapter = load_file(both / "adapter_model.safetensors")
+    assert all(weight.any() for weight in adapter.values())
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (both / name).rename(tmp_path / name)
+    two_processes(mode, folder, both, tmp_path / "tmp", **settings, resume_from_checkpoint=both / "checkpoint-4")
+    resumed = load_file(both / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert torch.linalg.norm(resumed[name] - weight) <= 1e-6 * torch.linalg.norm(weight), name
+    assert_nothing_left(both, tmp_path / "tmp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_shift_under_every_mode(mode, shift, folder, tmp_path):
+    alone = one_process(folder, tmp_path / "alone", shift=shift)
+    assert_same_run(two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", shift=shift), alone, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "zero3"])
+def test_the_last_good_adapter_is_put_together_from_its_shards(mode, folder, tmp_path):
+    settings = {"learning_rate": 1e30, "warmup_steps": 2, "shift": "negate"}
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        one_process(folder, tmp_path / "alone", **settings)
+    with pytest.raises(AssertionError, match="not finite at step 3; .* \\(after step 1\\) is in"):
+        two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", **settings)
+    alone, both = (
+        load_file(tmp_path / name / "last_good_adapter" / "adapter_model.safetensors") for name in ("alone", "both")
+    )
+    assert alone.keys() == both.keys()
+    assert all(torch.equal(alone[name], both[name]) for name in alone)
+    assert any(weight.any() for weight in both.values())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_the_command_launches_itself(mode, folder, tmp_path):
+    out, tmp = tmp_path / "both", tmp_path / "tmp"
+    arguments = words(folder, out, per_device_train_batch_size=2, max_steps=2, shift="negate")
+    done = start(["rfa_llm.cli.main", "unlearn", "--accelerate_config", f"{mode}_cpu", *arguments], tmp)
+    assert done.returncode == 0, done.stdout
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert {"peak_bytes/process_0", "peak_bytes/process_1"} <= set(history[-1])
+    # Once, by the first process.
+    assert done.stdout.count("process 1 on cpu") == done.stdout.count(f"Adapter saved to {out}.") == 1
+    assert_nothing_left(out, tmp)
+    assert not list(tmp.iterdir())
+
+
+def test_a_failure_on_one_rank_ends_the_others(folder, tmp_path):
+    out, tmp = tmp_path / "both", tmp_path / "tmp"
+    config = ["--config_file", "configs/accelerate/ddp_cpu.yaml", "--main_process_port", "0"]
+    arguments = words(folder, out, per_device_train_batch_size=2, use_cpu="true", max_steps=100)
+    begin = time.monotonic()
+    command = ["accelerate.commands.launch", *config, "tests/multi_process_worker.py", *arguments]
+    done = start(command, tmp, FAIL_ON_RANK="1")
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "the disk of process 1 is full" in done.stdout
+    assert_nothing_left(out, tmp)
+
+
+def test_processes_that_are_not_connected_are_refused(folder, tmp_path):
+    # Without --use_cpu accelerate would let each of the two train alone.
+    config = ["--config_file", "configs/accelerate/ddp_cpu.yaml", "--main_process_port", "0"]
+    arguments = words(folder, tmp_path / "both", per_device_train_batch_size=2)
+    done = start(["accelerate.commands.launch", *config, "scripts/unlearn.py", *arguments], tmp_path / "tmp")
+    assert done.returncode != 0
+    assert "2 processes were started, but they are not connected" in done.stdout
+
+
+def test_an_unknown_accelerate_config_is_named(tmp_path):
+    done = start(["rfa_llm.cli.main", "unlearn", "--accelerate_config", "zero9"], tmp_path / "tmp")
+    assert done.returncode == 1
+    assert "accelerate_config: 'zero9' is neither a file nor one of ddp, ddp_cpu, fsdp2," in done.stdout
