@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl import TrlParser
@@ -20,6 +21,9 @@ from rfa_llm.memory import base_model_bytes, held_values
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+
+# transformers takes bf16 for granted on a GPU alone; the CPU computes it too.
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 if os.environ.get("FAIL_ON_RANK") == os.environ["RANK"]:
     compute_loss = RFATrainer.compute_loss

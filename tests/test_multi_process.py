@@ -89,8 +89,11 @@ def start(command: list[str], tmp: Path, **environment) -> subprocess.CompletedP
 
 
 def two_processes(mode: str, folder: Path, output_dir: Path, tmp: Path, **settings) -> Path:
-    """The mode's own configuration, in float32, through `accelerate launch`."""
-    config = ["--config_file", f"configs/accelerate/{mode}.yaml", "--mixed_precision", "no"]
+    """The mode's own configuration, which is for GPUs, through `accelerate launch`; in float32 unless `dtype` says
+    otherwise."""
+    config = ["--config_file", f"configs/accelerate/{mode}.yaml"]
+    if "dtype" not in settings:
+        config += ["--mixed_precision", "no"]
     port = ["--main_process_port", "0"]
     arguments = words(folder, output_dir, per_device_train_batch_size=2, **settings) + ON_CPU[mode]
     done = start(["accelerate.commands.launch", *config, *port, "tests/multi_process_worker.py", *arguments], tmp)
@@ -102,16 +105,20 @@ def two_processes(mode: str, folder: Path, output_dir: Path, tmp: Path, **settin
     return output_dir
 
 
+def step_logs(output_dir: Path) -> list[dict]:
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    logs = [entry for entry in history if "loss" in entry]
+    assert len(logs) == STEPS
+    return logs
+
+
 def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
     """Every weight matrix to `tolerance` of its norm, every logged figure of every step to `tolerance` of itself."""
     a, b = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.linalg.norm(a[name] - b[name]) <= tolerance * torch.linalg.norm(b[name]), name
-    histories = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (ours, theirs)]
-    steps = [[entry for entry in history if "loss" in entry] for history in histories]
-    assert len(steps[0]) == len(steps[1]) == STEPS
-    for our, their in zip(*steps, strict=True):
+    for our, their in zip(step_logs(ours), step_logs(theirs), strict=True):
         for name in their:
             if name.startswith(("loss", "residual")):
                 assert our[name] == pytest.approx(their[name], rel=tolerance), f"{name} of step {their['step']}"
@@ -152,6 +159,18 @@ def test_nor_do_accumulation_checkpointing_and_a_resume(mode, folder, tmp_path):
     for name, weight in load_file(tmp_path / "adapter_model.safetensors").items():
         assert torch.linalg.norm(resumed[name] - weight) <= 1e-6 * torch.linalg.norm(weight), name
     assert_nothing_left(both, tmp_path / "tmp")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["fsdp2", "zero3", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
+)
+def test_the_mixed_precision_of_the_configuration_works(mode, folder, tmp_path):
+    alone = one_process(folder, tmp_path / "alone")
+    both = two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", dtype="bfloat16")
+    for our, their in zip(step_logs(both), step_logs(alone), strict=True):
+        assert our["loss_forget"] == pytest.approx(their["loss_forget"], rel=0.05)
+    assert all(weight.any() for weight in load_file(both / "adapter_model.safetensors").values())
 
 
 @pytest.mark.slow

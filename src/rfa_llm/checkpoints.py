@@ -60,19 +60,20 @@ def run_fingerprint(
 
 
 def base_model_digest(model: PeftModel) -> str:
-    """SHA-256 over name, dtype and first values of each of the base model's parameters.
+    """SHA-256 over the base model's quantization, and name, dtype and first values of each of its parameters.
 
     Every fine-tuning moves every weight matrix, so a few values a parameter tell two models apart, and a model of any
     size is told in a moment. Where ZeRO-3 has cut the parameters up, the first process holds their first values.
     """
-    parts = []
-    for name, parameter in model.get_base_model().named_parameters():
+    base = model.get_base_model()
+    parts = [base.config.to_dict().get("quantization_config")]
+    for name, parameter in base.named_parameters():
         if parameter.requires_grad:
             continue
         values = held_values(parameter)[-1]
         first = values.flatten()[:16].float().cpu().tolist()
         parts.append((name, str(values.dtype), first))
-    return _digest(json.dumps(parts).encode())
+    return _digest(json.dumps(parts, default=str).encode())
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +138,9 @@ class RFAConfig(TrainingArguments):
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "
                 "use shift='local', which needs none."
             )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            # DeepSpeed refuses a launch file and arguments that differ; the file counts.
+            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         if self.resume_from_checkpoint in ("true", "True"):
             # Text, as the command line hands it over.
             self.resume_from_checkpoint = True

@@ -33,12 +33,15 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
     """`h⁰_b`: the blocks' features with the adapters off, `[rows, tokens, hidden]` a block, without a graph."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with torch.no_grad(), model.disable_adapter():
+        # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
+        # reads in the first forward which weights train, so they must never look frozen.
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
         features = block_features(model, blocks, **inputs)
-    # peft lets all of the adapter train again on the way out, also what had been frozen.
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    for parameter, train in trains:
+        parameter.requires_grad_(train)
     return features
 
 

@@ -568,5 +568,5 @@ def _check_not_adapter(model: str) -> None:
     if (Path(model) / CONFIG_NAME).exists():
         raise ValueError(
             f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
-            "(`PeftModel.merge_and_unload`), save that, and pass the merged model."
+            "(`rfa-llm merge`) and pass the merged model."
         )
