@@ -287,6 +287,7 @@ def test_a_loss_that_is_never_finite(make_trainer):
     ("config", "message"),
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: 5.0"),
+        ({"save_only_model": True}, "save_strategy, save_only_model: .* would leave no checkpoint"),
         ({"eval_strategy": "epoch"}, "eval_strategy: .*epoch.* has no evaluation set"),
     ],
 )

@@ -125,7 +125,7 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
 
 
 def assert_nothing_left(output_dir: Path, tmp: Path) -> None:
-    assert not [p for p in psutil.process_iter() if str(output_dir) in " ".join(p.cmdline())]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(output_dir) in " ".join(p.info["cmdline"] or [])]
     # torch's launcher leaves its empty log folders.
     assert not [path for path in tmp.rglob("*") if path.is_file()] and not list(output_dir.rglob("*.part*"))
 
@@ -220,6 +220,22 @@ def test_a_failure_on_one_rank_ends_the_others(folder, tmp_path):
     assert done.returncode != 0 and time.monotonic() - begin < 60
     assert "the disk of process 1 is full" in done.stdout
     assert_nothing_left(out, tmp)
+
+
+def test_a_signal_to_the_command_ends_all_processes(folder, tmp_path):
+    out = tmp_path / "both"
+    arguments = words(
+        folder, out, per_device_train_batch_size=2, max_steps=100_000, save_strategy="steps", save_steps=1
+    )
+    command = [sys.executable, "-m", "rfa_llm.cli.main", "unlearn", "--accelerate_config", "ddp_cpu", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(out) in " ".join(p.info["cmdline"] or [])]
 
 
 def test_processes_that_are_not_connected_are_refused(folder, tmp_path):

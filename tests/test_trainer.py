@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from rfa_llm.blocks import lora_placement
+from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.memory import peak_bytes
 from rfa_llm.shifts import SHIFTS, random_directions
 
@@ -245,6 +246,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, re
         "shift": ({"shift": "mean"}, {}),
         "blocks": ({"blocks": [0, 3]}, {}),
         "alpha": ({"alpha": 3.0}, {}),
+        "rows_a_step": ({"gradient_accumulation_steps": 2}, {}),
+        "peft_config": ({}, {"peft_config": tiny_lora(lora_alpha=4)}),
         "seed": ({"seed": 7}, {}),
     }
     for field, (changed, kwargs) in others.items():
@@ -270,6 +273,22 @@ def test_a_half_written_checkpoint_is_passed_over(make_trainer):
     resumed = make_trainer({**config, "max_steps": 5})
     resumed.train(resume_from_checkpoint=True)
     assert [log["step"] for log in step_logs(resumed)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(make_trainer, monkeypatch):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(config)
+    trainer.train()
+    folder = trainer.args.output_dir
+    again = make_trainer(config)
+
+    def stop(output_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    assert newest_whole_checkpoint(folder) == f"{folder}/checkpoint-2"
 
 
 def test_the_memory_of_a_run_is_reported(make_trainer):

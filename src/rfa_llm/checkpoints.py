@@ -10,11 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainingArguments
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import RFAConfig
 from .memory import held_values
@@ -23,21 +23,32 @@ from .memory import held_values
 METHOD_STATE_NAME = "rfa_state.safetensors"
 # Settings of ours that do not change what is learnt.
 FREE = {"overwrite_output_dir", "model_init_kwargs"}
+# Fields of an adapter's configuration that say where it came from, not what it is.
+PLACE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 
 
 def newest_whole_checkpoint(output_dir: str) -> str | None:
     """Path of the newest checkpoint in a folder that no kill cut short; `None` where there is none."""
-    checkpoints = sort_checkpoints(output_dir)
-    return next((path for path in reversed(checkpoints) if (Path(path) / METHOD_STATE_NAME).exists()), None)
+    marks = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{METHOD_STATE_NAME}")
+    # By time: a run that began anew in the same folder has the lower step numbers.
+    newest = max(marks, key=lambda mark: mark.stat().st_mtime_ns, default=None)
+    return None if newest is None else str(newest.parent)
 
 
 def run_fingerprint(
-    args: RFAConfig, shift: str, aligned: Iterable[int], base_model: str, forget_ids: list, retain_ids: list
+    args: RFAConfig,
+    peft_config: PeftConfig,
+    shift: str,
+    aligned: Iterable[int],
+    base_model: str,
+    forget_ids: list,
+    retain_ids: list,
 ) -> dict[str, str]:
     """What a checkpoint must share with the run that goes on from it, by name.
 
     Args:
-        args: The run's settings; the method's own and the seeds count.
+        args: The run's settings; the method's own, the seeds and the rows of a step count.
+        peft_config: The adapter's.
         shift: Name of the shift.
         aligned: Aligned block indices.
         base_model: From `base_model_digest`.
@@ -49,12 +60,17 @@ def run_fingerprint(
     inherited = {field.name for field in fields(TrainingArguments)}
     own = sorted({field.name for field in fields(args)} - inherited - FREE - {"shift", "blocks"})
     settings = {name: json.dumps(getattr(args, name)) for name in [*own, "seed", "data_seed"]}
+    adapter = {name: value for name, value in peft_config.to_dict().items() if name not in PLACE}
+    # Which rows a step sees follows from its number only as long as it sees as many.
+    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "base_model": base_model,
         "forget_dataset": _digest(json.dumps(forget_ids).encode()),
         "retain_dataset": _digest(json.dumps(retain_ids).encode()),
         "shift": shift,
         "blocks": ", ".join(map(str, aligned)),
+        "peft_config": _digest(json.dumps(adapter, sort_keys=True, default=sorted).encode()),
+        "rows_a_step": str(rows_a_step),
         **settings,
     }
 

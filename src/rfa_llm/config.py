@@ -133,6 +133,11 @@ class RFAConfig(TrainingArguments):
                 f"eval_strategy: {self.eval_strategy!r} has no evaluation set to run on; leave it 'no' and run "
                 "`rfa-llm evaluate` or `evaluate_tofu` afterwards."
             )
+        if self.save_strategy == "best" or self.save_only_model:
+            raise ValueError(
+                f"save_strategy, save_only_model: {str(self.save_strategy)!r} and {self.save_only_model} would leave "
+                "no checkpoint to go on from; use 'steps' or 'epoch', and leave save_only_model off."
+            )
         if self.shift == "ignorant" and self.teacher is None:
             raise ValueError(
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "
@@ -140,7 +145,7 @@ class RFAConfig(TrainingArguments):
             )
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             # DeepSpeed refuses a launch file and arguments that differ; the file counts.
-            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+            self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         if self.resume_from_checkpoint in ("true", "True"):
             # Text, as the command line hands it over.
             self.resume_from_checkpoint = True

@@ -82,7 +82,7 @@ def retain_loss(
     """
     device = references[-1].device
     per_block = [squared_ratio(r, h0).sum().to(device) for r, h0 in zip(residuals, references, strict=True)]
-    return torch.stack(per_block).mean() / num_tokens
+    return torch.stack(per_block).mean() / torch.as_tensor(num_tokens, device=device)
 
 
 def forget_loss(

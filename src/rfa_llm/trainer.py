@@ -39,6 +39,7 @@ from .blocks import (
     resolve_blocks,
 )
 from .checkpoints import (
+    METHOD_STATE_NAME,
     base_model_digest,
     newest_whole_checkpoint,
     read_method_state,
@@ -117,6 +118,7 @@ class RFATrainer(Trainer):
         if args is None:
             args = RFAConfig(output_dir="rfa-adapter")
         _check_output_dir(args)
+        _check_launch(args)
         # The draw of LoRA's first weights must not depend on what ran before.
         set_seed(args.seed)
 
@@ -183,12 +185,6 @@ class RFATrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1 or self.args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its "
-                "forget and its retain rows; run `accelerate launch` or show one GPU, and leave dispatch_batches off."
-            )
-        _check_launch(self.accelerator.num_processes)
         # peft saves no such tags of its own; the Hub lists adapters by them.
         self.model.add_model_tags(self._tag_names)
         self.add_callback(_NextEpochsPairs(self.train_dataset))
@@ -228,16 +224,18 @@ class RFATrainer(Trainer):
         r_retain = [a - b for a, b in zip(_select(h, on_retain), h0_retain, strict=True)]
         shift = self._shift(inputs, h0_forget)
 
-        loss_retain = residuals.retain_loss(r_retain, h0_retain, num_retain)
-        loss_forget = residuals.forget_loss(r_forget, shift, h0_forget, num_forget)
+        # Blocks may sit on several devices; what becomes of them meets on the Trainer's.
+        device = self.args.device
+        loss_retain = residuals.retain_loss(r_retain, h0_retain, num_retain).to(device)
+        loss_forget = residuals.forget_loss(r_forget, shift, h0_forget, num_forget).to(device)
         loss = self.args.alpha * loss_retain + self.args.beta * loss_forget
 
         self._stop_if_not_finite(loss_forget, loss_retain)
         self._add_up("loss_forget", loss_forget)
         self._add_up("loss_retain", loss_retain)
         for i, block in enumerate(self.aligned):
-            forgotten = residuals.squared_ratio(r_forget[i], h0_forget[i]).sqrt().sum() / num_forget
-            retained = residuals.squared_ratio(r_retain[i], h0_retain[i]).sqrt().sum() / num_retain
+            forgotten = residuals.squared_ratio(r_forget[i], h0_forget[i]).sqrt().sum().to(device) / num_forget
+            retained = residuals.squared_ratio(r_retain[i], h0_retain[i]).sqrt().sum().to(device) / num_retain
             self._add_up(f"residual_forget/block_{block}", forgotten)
             self._add_up(f"residual_retain/block_{block}", retained)
 
@@ -398,7 +396,15 @@ class RFATrainer(Trainer):
             totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
             logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
             self._sums, self._sums_since_step = {}, self.state.global_step
+        if "train_runtime" in logs:
+            # The summary at the end.
+            logs = {**logs, **self._memory_figures()}
         super().log(logs, start_time)
+
+    def _memory_figures(self) -> dict[str, int]:
+        peaks = self.accelerator.gather(torch.tensor([peak_bytes(self.args.device)], device=self.args.device))
+        per_process = {f"peak_bytes/process_{rank}": peak for rank, peak in enumerate(peaks.tolist())}
+        return {"base_model_bytes": self._base_bytes, **per_process}
 
     def _stop_if_not_finite(self, loss_forget: torch.Tensor, loss_retain: torch.Tensor) -> None:
         """Keep a copy of the adapter as long as its losses are finite; stop, with that copy on disk, when not."""
@@ -441,7 +447,8 @@ class RFATrainer(Trainer):
         Raises:
             FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
         """
-        bad = sum((~torch.isfinite(value)).sum() for _, p in self._adapter() for value in held_values(p))
+        values = [value for _, p in self._adapter() for value in held_values(p)]
+        bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
         if self.accelerator.reduce(bad, "sum"):
             self._stop(f"The adapter is not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
@@ -454,6 +461,7 @@ class RFATrainer(Trainer):
         digest = [base_model_digest(self.model) if self.accelerator.is_main_process else None]
         return run_fingerprint(
             self.args,
+            self._peft_model().active_peft_config,
             self.args.shift if self.shift is None else "a function",
             self.aligned,
             broadcast_object_list(digest)[0],
@@ -489,21 +497,24 @@ class RFATrainer(Trainer):
             self._shift_vectors = read_method_state(resume_from_checkpoint, self._fingerprint)
         start_peak(self.args.device)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        peaks = self.accelerator.gather(torch.tensor([peak_bytes(self.args.device)], device=self.args.device))
-        memory = {f"peak_bytes/process_{rank}": peak for rank, peak in enumerate(peaks.tolist())}
-        memory = {"base_model_bytes": self._base_bytes, **memory}
-        output.metrics.update(memory)
-        self.log(memory)
+        summary = next(entry for entry in reversed(self.state.log_history) if "train_runtime" in entry)
+        memory = ("base_model_bytes", "peak_bytes/")
+        output.metrics.update({name: value for name, value in summary.items() if name.startswith(memory)})
         return output
 
     def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            # What an earlier run left there is whole no more.
+            (folder / METHOD_STATE_NAME).unlink(missing_ok=True)
         # Older checkpoints go only when the new one is whole: every process has written its part, and the mark is set.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_method_state(folder, self._shift_vectors, self._fingerprint)
             # By time, so that what a kill left half-written, whatever its step, goes first.
             rotate_checkpoints(self.args.output_dir, limit, use_mtime=True)
@@ -545,10 +556,16 @@ def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tens
     return [feature[mask.to(feature.device)] for feature in features]
 
 
-def _check_launch(num_processes: int) -> None:
+def _check_launch(args: RFAConfig) -> None:
+    if args.n_gpu > 1 or args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its forget "
+            "and its retain rows; launch a process for each GPU (`--accelerate_config ddp`) or show one "
+            "(CUDA_VISIBLE_DEVICES=0), and leave dispatch_batches off."
+        )
     # accelerate goes on alone, without a word, where it finds no device or backend for a process of several.
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != num_processes:
+    if started != args.world_size:
         raise ValueError(
             f"args: {started} processes were started, but they are not connected and each would train alone; on the "
             "CPU set use_cpu=True (with DeepSpeed ddp_backend='gloo' instead)."
@@ -557,7 +574,8 @@ def _check_launch(num_processes: int) -> None:
 
 def _check_output_dir(args: RFAConfig) -> None:
     # A finished run puts its adapter at the top; a run to resume has checkpoints below it only.
-    if (Path(args.output_dir) / CONFIG_NAME).exists() and not args.overwrite_output_dir:
+    done = (Path(args.output_dir) / CONFIG_NAME).exists()
+    if done and not args.overwrite_output_dir and not args.resume_from_checkpoint:
         raise ValueError(
             f"output_dir: {args.output_dir!r} already holds an adapter; choose another folder or set "
             "overwrite_output_dir=True."

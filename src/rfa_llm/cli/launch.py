@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from importlib.resources import as_file, files
@@ -46,22 +47,28 @@ def launch(argv: list[str]) -> bool:
         )
     # torch's launcher leaves its log folders behind, in TMPDIR.
     with source as config, TemporaryDirectory() as temporary:
-        settings = yaml.safe_load(config.read_text())
+        settings = yaml.safe_load(config.read_text()) or {}
         words = ["--config_file", str(config)]
         if own.num_processes is not None:
             words += ["--num_processes", own.num_processes]
         environment = {**os.environ, "TMPDIR": temporary}
         if settings.get("use_cpu"):
             # accelerate's file alone does not bring several CPU processes together.
-            if settings["distributed_type"] == "DEEPSPEED":
+            if settings.get("distributed_type") == "DEEPSPEED":
                 environment["DS_ACCELERATOR"] = "cpu"
                 rest += ["--ddp_backend", "gloo"]
             else:
                 rest += ["--use_cpu", "true"]
         module = ["--module", "rfa_llm.cli.main", "unlearn"]
-        code = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *words, *module, *rest], env=environment
-        ).returncode
+        # In a group of its own, so that a signal to this process reaches all of them, once.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *words, *module, *rest],
+            env=environment,
+            start_new_session=True,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: os.killpg(process.pid, received))
+        code = process.wait()
     if code != 0:
         sys.exit(code)
     return True

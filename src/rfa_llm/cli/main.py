@@ -58,7 +58,8 @@ def main() -> None:
     command = parser.parse_args(sys.argv[1:2]).command
 
     def run_command(argv: list[str]) -> None:
-        if command != "unlearn" or not launch(argv):
+        # The launched processes get `--debug` too.
+        if command != "unlearn" or not launch(sys.argv[2:]):
             import_module(f"rfa_llm.cli.{command}").main(argv)
 
     run(run_command, sys.argv[2:])

@@ -58,7 +58,7 @@ class MergeArguments:
     sample_rows: int = field(default=16, metadata={"help": "Rows to compare on, from the first."})
     max_length: int = field(default=1024, metadata={"help": "Tokens kept of a row, from its start."})
     # bf16 weights cost thousandths of a nat, and the 8-bit activations that a merged model has no more, hundredths; a
-    # lost adapter or another base costs tenths and more.
+    # lost adapter costs tenths and more.
     max_kl: float = field(
         default=0.1, metadata={"help": "Mean KL divergence, in nats, above which the merged model is not saved."}
     )
@@ -169,8 +169,8 @@ def merge(args: MergeArguments) -> dict[str, float]:
         if not (figures["kl_mean"] <= args.max_kl or args.save_anyway):
             raise ValueError(
                 f"max_kl: the merged model's next token is {figures['kl_mean']:.3g} nats (mean KL; largest "
-                f"{figures['kl_largest']:.3g}) from the adapter's, above {args.max_kl:g}, so it was not saved; check "
-                "that the base is loaded as in the training, choose a wider dtype, raise max_kl or set save_anyway."
+                f"{figures['kl_largest']:.3g}) from the adapter's, above {args.max_kl:g}, so it was not saved; choose "
+                "a wider dtype, raise max_kl or set save_anyway."
             )
         if output_dir.exists():
             output_dir.rmdir()
