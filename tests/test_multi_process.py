@@ -124,8 +124,12 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
                 assert our[name] == pytest.approx(their[name], rel=tolerance), f"{name} of step {their['step']}"
 
 
+def processes_of(output_dir: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(output_dir) in " ".join(p.info["cmdline"] or [])]
+
+
 def assert_nothing_left(output_dir: Path, tmp: Path) -> None:
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(output_dir) in " ".join(p.info["cmdline"] or [])]
+    assert not processes_of(output_dir)
     # torch's launcher leaves its empty log folders.
     assert not [path for path in tmp.rglob("*") if path.is_file()] and not list(output_dir.rglob("*.part*"))
 
@@ -235,7 +239,7 @@ def test_a_signal_to_the_command_ends_all_processes(folder, tmp_path):
         time.sleep(0.2)
     process.terminate()
     assert process.wait(timeout=60) != 0
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(out) in " ".join(p.info["cmdline"] or [])]
+    assert not processes_of(out)
 
 
 def test_processes_that_are_not_connected_are_refused(folder, tmp_path):

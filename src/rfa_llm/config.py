@@ -144,7 +144,7 @@ class RFAConfig(TrainingArguments):
                 "use shift='local', which needs none."
             )
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            # DeepSpeed refuses a launch file and arguments that differ; the file counts.
+            # DeepSpeed refuses a launch file and arguments that differ.
             self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         if self.resume_from_checkpoint in ("true", "True"):
             # Text, as the command line hands it over.

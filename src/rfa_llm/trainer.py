@@ -391,14 +391,14 @@ class RFATrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both losses and the mean relative residual `‖R_b‖ / ‖h⁰_b‖` of each aligned block on both sets."""
+        if "train_runtime" in logs:
+            # The summary at the end; in place, because `train` returns this dict as the run's metrics.
+            logs.update(self._memory_figures())
         if self._sums:
             steps = self.state.global_step - self._sums_since_step
             totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
             logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
             self._sums, self._sums_since_step = {}, self.state.global_step
-        if "train_runtime" in logs:
-            # The summary at the end.
-            logs = {**logs, **self._memory_figures()}
         super().log(logs, start_time)
 
     def _memory_figures(self) -> dict[str, int]:
@@ -453,7 +453,7 @@ class RFATrainer(Trainer):
             self._stop(f"The adapter is not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
 
-    def _adapter(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def _adapter(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
@@ -496,11 +496,7 @@ class RFATrainer(Trainer):
         if resume_from_checkpoint:
             self._shift_vectors = read_method_state(resume_from_checkpoint, self._fingerprint)
         start_peak(self.args.device)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        summary = next(entry for entry in reversed(self.state.log_history) if "train_runtime" in entry)
-        memory = ("base_model_bytes", "peak_bytes/")
-        output.metrics.update({name: value for name, value in summary.items() if name.startswith(memory)})
-        return output
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

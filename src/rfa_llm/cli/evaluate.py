@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.main import DTYPES, USAGE
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
 
@@ -37,7 +37,7 @@ class EvaluateArguments:
     retain_config: str = field(default="retain_perturbed", metadata={"help": "Configuration of the retain set."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "dtype of the model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+        metadata={"help": "dtype of the model.", "choices": DTYPES},
     )
     batch_size: int = field(default=16, metadata={"help": "Sequences at a time."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})

@@ -26,6 +26,9 @@ COMMANDS = {
 # Of every subcommand; argparse's own would list hundreds of settings before each error.
 USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
 
+# Of every subcommand that loads a model.
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
+
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""

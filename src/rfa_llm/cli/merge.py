@@ -16,12 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import TrlParser, get_quantization_config
 
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.main import DTYPES, USAGE
 from rfa_llm.cli.unlearn import UnlearnModelConfig
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import next_token_kl, next_token_logits
-
-DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.main import DTYPES, USAGE
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
 from rfa_llm.trainer import RFATrainer
@@ -40,7 +40,7 @@ class UnlearnModelConfig(ModelConfig):
         metadata={
             "help": "dtype of the base model, and that 4-bit layers compute in; auto takes the checkpoint's, or "
             "bfloat16 with --load_in_4bit.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "choices": DTYPES,
         },
     )
     use_peft: bool = field(default=True, metadata={"help": "Must stay on: RFA is a LoRA method."})
