@@ -13,13 +13,15 @@ ALLOWED = {
     "blocks": set(),
     "shifts": set(),
     "residuals": {"blocks"},
-    "config": {"shifts"},
+    "unlearning_config": set(),
+    "config": {"shifts", "unlearning_config"},
     "data": {"data"},
     "evaluation": {"evaluation", "data.formats"},
     "reference": {"blocks", "residuals", "data"},
     "memory": set(),
-    "checkpoints": {"config", "memory"},
-    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "data", "memory", "checkpoints"},
+    "checkpoints": {"unlearning_config", "memory"},
+    "unlearning_trainer": {"blocks", "data", "memory", "checkpoints", "unlearning_config"},
+    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"},
 }
 
 

@@ -327,6 +327,18 @@ def test_every_adapted_block_is_trained(given_as, config, make_trainer, saved_ll
     assert not any(torch.equal(weights[name], before[name]) for name in weights)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_leaves_no_hook(use_reentrant, make_trainer):
+    kwargs = {"use_reentrant": use_reentrant}
+    trainer = make_trainer({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs, "max_steps": 1})
+    for _ in range(2):
+        before = adapter(trainer.model)
+        trainer.train()
+        assert not any(module._forward_hooks for module in trainer.model.modules())
+        after = adapter(trainer.model)
+        assert all(after[name].any() and not torch.equal(after[name], before[name]) for name in after if "_B" in name)
+
+
 def test_an_adapter_that_comes_with_the_model_goes_on_from_where_it_is(make_trainer):
     model = tiny_llama()
     model = get_peft_model(model, tiny_lora(**lora_placement(model, 2)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .config import RFAConfig
 from .memory import held_values
+from .unlearning_config import UnlearningConfig
 
 # Written last of all, so a folder that has it is whole.
 METHOD_STATE_NAME = "rfa_state.safetensors"
@@ -36,10 +35,9 @@ def newest_whole_checkpoint(output_dir: str) -> str | None:
 
 
 def run_fingerprint(
-    args: RFAConfig,
+    args: UnlearningConfig,
     peft_config: PeftConfig,
-    shift: str,
-    aligned: Iterable[int],
+    method: dict[str, str],
     base_model: str,
     forget_ids: list,
     retain_ids: list,
@@ -49,8 +47,7 @@ def run_fingerprint(
     Args:
         args: The run's settings; the method's own, the seeds and the rows of a step count.
         peft_config: The adapter's.
-        shift: Name of the shift.
-        aligned: Aligned block indices.
+        method: What the method adds; an entry stands for the setting of the same name.
         base_model: From `base_model_digest`.
         forget_ids, retain_ids: Token ids of the two sets' rows.
 
@@ -58,7 +55,7 @@ def run_fingerprint(
         Text a name: settings as they are, the sets and the base model as digests.
     """
     inherited = {field.name for field in fields(TrainingArguments)}
-    own = sorted({field.name for field in fields(args)} - inherited - FREE - {"shift", "blocks"})
+    own = sorted({field.name for field in fields(args)} - inherited - FREE - method.keys())
     settings = {name: json.dumps(getattr(args, name)) for name in [*own, "seed", "data_seed"]}
     adapter = {name: value for name, value in peft_config.to_dict().items() if name not in PLACE}
     # Which rows a step sees follows from its number only as long as it sees as many.
@@ -67,8 +64,7 @@ def run_fingerprint(
         "base_model": base_model,
         "forget_dataset": _digest(json.dumps(forget_ids).encode()),
         "retain_dataset": _digest(json.dumps(retain_ids).encode()),
-        "shift": shift,
-        "blocks": ", ".join(map(str, aligned)),
+        **method,
         "peft_config": _digest(json.dumps(adapter, sort_keys=True, default=sorted).encode()),
         "rows_a_step": str(rows_a_step),
         **settings,
@@ -93,14 +89,14 @@ def base_model_digest(model: PeftModel) -> str:
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:
-    """Put the shift's vectors and the fingerprint into a checkpoint, in one move: from then on it is whole."""
+    """Put the method's vectors and the fingerprint into a checkpoint, in one move: from then on it is whole."""
     part = folder / f".{METHOD_STATE_NAME}.part"
     save_file({"vectors": vectors}, part, metadata=fingerprint)
     os.replace(part, folder / METHOD_STATE_NAME)
 
 
 def read_method_state(folder: str, fingerprint: dict[str, str]) -> torch.Tensor:
-    """The shift's vectors of a checkpoint that belongs to this run, `[blocks, hidden]` float32.
+    """The method's vectors of a checkpoint that belongs to this run, `[vectors, hidden]` float32.
 
     Raises:
         ValueError: The checkpoint is not whole, or belongs to a run of other settings, sets or base model (which).

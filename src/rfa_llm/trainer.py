@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
-    set_seed,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import reference, residuals, shifts
-from .blocks import (
-    check_adapter_placement,
-    check_decoder_only,
-    disable_dropout,
-    find_blocks,
-    num_blocks,
-    placed,
-    resolve_blocks,
-)
-from .checkpoints import (
-    METHOD_STATE_NAME,
-    base_model_digest,
-    newest_whole_checkpoint,
-    read_method_state,
-    run_fingerprint,
-    write_method_state,
-)
+from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
 from .config import RFAConfig
-from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
-from .data.pairing import ForgetRetainPairs, PairCollator
-from .memory import base_model_bytes, held_values, peak_bytes, start_peak
-
-LAST_GOOD_NAME = "last_good_adapter"
+from .unlearning_trainer import UnlearningTrainer
 
 
-class RFATrainer(Trainer):
+class RFATrainer(UnlearningTrainer):
     """Trainer for unlearning by Residual Feature Alignment (arXiv 2411.08443).
 
     It trains a LoRA adapter towards zero residuals on the retain set and shifted residuals on the forget set; the
@@ -98,9 +69,7 @@ class RFATrainer(Trainer):
         FloatingPointError: From `train`, when a loss is not finite; the last good adapter is on disk by then.
     """
 
-    _tag_names = ["rfa-llm", "unlearning"]
-    # `compute_loss` divides by the tokens of the whole global step, accumulation included.
-    loss_is_scaled_for_ga = True
+    _never_finite_mend = "load the model in float32 or bfloat16, or choose another shift"
 
     def __init__(
         self,
@@ -115,50 +84,30 @@ class RFATrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if args is None:
-            args = RFAConfig(output_dir="rfa-adapter")
-        _check_output_dir(args)
-        _check_launch(args)
-        # The draw of LoRA's first weights must not depend on what ran before.
-        set_seed(args.seed)
+        self.shift = shift
+        self._teacher: reference.TeacherFeatures | None = None
+        self._shift_vectors: torch.Tensor | None = None
+        super().__init__(
+            model=model,
+            args=RFAConfig(output_dir="rfa-adapter") if args is None else args,
+            forget_dataset=forget_dataset,
+            retain_dataset=retain_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
 
-        # Everything that can be refused without the model's weights is, before they are loaded.
-        if not isinstance(model, (str, PreTrainedModel, PeftModel)):
-            raise TypeError(
-                f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
-            )
-        is_path = isinstance(model, str)
-        if is_path:
-            _check_not_adapter(model)
-            init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
-            source = {"revision": init_kwargs["revision"]} if "revision" in init_kwargs else {}
-            config, name = AutoConfig.from_pretrained(model, **source), model
-        else:
-            if quantization_config is not None or args.model_init_kwargs is not None:
-                raise ValueError(
-                    "model: it is loaded already, so quantization_config and model_init_kwargs cannot apply; pass its "
-                    "id or path, or leave them out."
-                )
-            source, config, name = {}, model.config, model.config.name_or_path
-        check_decoder_only(config, name)
+    # ---- what the method adds to the common run ----
+
+    def _before_data(self, args, config):
         self.aligned = resolve_blocks(args.blocks, num_blocks(config))
 
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(name, **source)
-        check_tokenizer(processing_class)
-        forget = prepare(
-            load_rows(forget_dataset, "forget_dataset"), processing_class, "forget_dataset", args.max_length
-        )
-        retain = prepare(
-            load_rows(retain_dataset, "retain_dataset"), processing_class, "retain_dataset", args.max_length
-        )
-        check_disjoint(forget, retain)
-
-        self.shift = shift
+    def _before_model(self, args, model, config, forget, retain, pad_token_id):
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
-        self._teacher = None
-        if shift is None and args.shift == "ignorant":
-            if not is_path:
+        if self.shift is None and args.shift == "ignorant":
+            if not isinstance(model, str):
                 raise ValueError(
                     "model: shift='ignorant' runs the teacher before the model is loaded, so that two models never "
                     f"share the memory, but got a loaded {type(model).__name__}; pass the model's id or path."
@@ -168,33 +117,27 @@ class RFATrainer(Trainer):
                     f"teacher: {args.teacher!r} is the model itself, whose features are no shift; pass the checkpoint "
                     "from before the fine-tuning."
                 )
-            self._teacher = self._run_teacher(args, config, forget, processing_class.pad_token_id, init_kwargs)
+            self._teacher = self._run_teacher(args, config, forget, pad_token_id)
 
-        if is_path:
-            model = AutoModelForCausalLM.from_pretrained(
-                model, **init_kwargs, **({"quantization_config": quantization_config} if quantization_config else {})
-            )
-        model = self._with_adapter(model, peft_config, args)
+    def _last_adapted_block(self, config):
+        return self.aligned[-1]
 
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, args.forget_tokens, args.retain_tokens),
-            train_dataset=ForgetRetainPairs(forget, retain, args.seed),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        # peft saves no such tags of its own; the Hub lists adapters by them.
-        self.model.add_model_tags(self._tag_names)
-        self.add_callback(_NextEpochsPairs(self.train_dataset))
+    def _check_model(self, args, base):
+        check_adapter_placement(base, self.aligned)
+        if self.shift is None and args.shift in ("local", "smoothed"):
+            reference.check_attention(base, args.shift)
 
-        self._base_bytes = base_model_bytes(self.model)
-        self._fingerprint = self._make_fingerprint(forget, retain)
-        self._shift_vectors: torch.Tensor | None = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._sums_since_step = 0
-        self._good_step, self._good_adapter = -1, {}
+    def _method_state(self):
+        return self._shift_vectors
+
+    def _load_method_state(self, vectors):
+        self._shift_vectors = vectors
+
+    def _method_fingerprint(self):
+        return {
+            "shift": self.args.shift if self.shift is None else "a function",
+            "blocks": ", ".join(map(str, self.aligned)),
+        }
 
     # ---- the method ----
 
@@ -310,7 +253,7 @@ class RFATrainer(Trainer):
             lambda **batch: reference.reference_features(model, blocks, **batch), batches, self.args.device
         )
 
-    def _run_teacher(self, args, config, forget, pad_token_id, init_kwargs) -> reference.TeacherFeatures:
+    def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
         """Let the teacher run over the sets, unless its features are on disk already, and open them."""
         teacher_config = AutoConfig.from_pretrained(args.teacher)
         check_decoder_only(teacher_config, args.teacher)
@@ -322,10 +265,11 @@ class RFATrainer(Trainer):
                     f"teacher: {args.teacher!r} has {field}={theirs}, but the model {ours}; pass the checkpoint that "
                     "the model was fine-tuned from."
                 )
+        dtype = (args.model_init_kwargs or {}).get("dtype", "auto")
         path = reference.teacher_features_path(
             args.output_dir,
             args.teacher,
-            init_kwargs["dtype"],
+            dtype,
             self.aligned,
             forget,
             self._mean_rows,
@@ -343,194 +287,13 @@ class RFATrainer(Trainer):
                     pad_token_id,
                     2 * args.per_device_train_batch_size,
                     args.device,
-                    {"dtype": init_kwargs["dtype"]},
+                    {"dtype": dtype},
                 )
         return reference.TeacherFeatures(path, self.aligned)
-
-    def _with_adapter(self, model, peft_config: PeftConfig | None, args: RFAConfig) -> PeftModel:
-        """The model with its adapter on, checked, without dropout of the base model's own."""
-        if isinstance(model, PeftModel):
-            if peft_config is not None:
-                raise ValueError("peft_config: the model carries an adapter already; leave peft_config out.")
-        else:
-            if peft_config is None:
-                peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
-            model = get_peft_model(model, placed(peft_config, model, self.aligned[-1]))
-        base = model.get_base_model()
-        check_adapter_placement(base, self.aligned)
-        if self.shift is None and args.shift in ("local", "smoothed"):
-            reference.check_attention(base, args.shift)
-        disable_dropout(base)
-        if args.gradient_checkpointing:
-            # Otherwise nothing that enters a checkpointed block asks for a gradient, and LoRA inside gets none.
-            base.enable_input_require_grads()
-        return model
-
-    def _peft_model(self) -> PeftModel:
-        return self.accelerator.unwrap_model(self.model)
 
     def _blocks(self) -> list[nn.Module]:
         blocks = find_blocks(self._peft_model().get_base_model())
         return [blocks[index] for index in self.aligned]
-
-    # ---- counting, logging, guarding ----
-
-    def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        counts = [
-            torch.stack([b["token_mask"][b["is_forget"]].sum(), b["token_mask"][~b["is_forget"]].sum()])
-            for b in batches
-        ]
-        return torch.stack(counts).sum(0)
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """Tokens that count in the global step, `[forget, retain]` int64, over all processes and accumulation."""
-        return self.accelerator.reduce(self._count_tokens(batch_samples).to(device), "sum")
-
-    def _add_up(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add both losses and the mean relative residual `‖R_b‖ / ‖h⁰_b‖` of each aligned block on both sets."""
-        if "train_runtime" in logs:
-            # The summary at the end; in place, because `train` returns this dict as the run's metrics.
-            logs.update(self._memory_figures())
-        if self._sums:
-            steps = self.state.global_step - self._sums_since_step
-            totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
-            logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
-            self._sums, self._sums_since_step = {}, self.state.global_step
-        super().log(logs, start_time)
-
-    def _memory_figures(self) -> dict[str, int]:
-        peaks = self.accelerator.gather(torch.tensor([peak_bytes(self.args.device)], device=self.args.device))
-        per_process = {f"peak_bytes/process_{rank}": peak for rank, peak in enumerate(peaks.tolist())}
-        return {"base_model_bytes": self._base_bytes, **per_process}
-
-    def _stop_if_not_finite(self, loss_forget: torch.Tensor, loss_retain: torch.Tensor) -> None:
-        """Keep a copy of the adapter as long as its losses are finite; stop, with that copy on disk, when not."""
-        bad = ~torch.isfinite(torch.stack([loss_forget.detach(), loss_retain.detach()]))
-        # Summed, so that every process stops when one has to.
-        bad = self.accelerator.reduce(bad.int(), "sum")
-        if not bad.any():
-            if self._good_step != self.state.global_step:
-                self._good_step = self.state.global_step
-                self._good_adapter = {name: [v.clone() for v in held_values(p)] for name, p in self._adapter()}
-            return
-        sets = " and ".join(name for name, is_bad in zip(("forget", "retain"), bad.tolist(), strict=True) if is_bad)
-        self._stop(f"The loss on the {sets} set is not finite at step {self.state.global_step + 1}")
-
-    def _stop(self, what: str) -> None:
-        """Put the last good adapter on disk and raise `FloatingPointError`."""
-        if not self._good_adapter:
-            raise FloatingPointError(
-                f"{what}, before the adapter has learned anything; load the model in float32 or bfloat16, or choose "
-                "another shift."
-            )
-        for name, parameter in self._adapter():
-            for value, good in zip(held_values(parameter), self._good_adapter[name], strict=True):
-                value.copy_(good)
-        folder = Path(self.args.output_dir) / LAST_GOOD_NAME
-        super().save_model(str(folder))
-        raise FloatingPointError(
-            f"{what}; the adapter as it was when the losses were last finite (after step {self._good_step}) is in "
-            f"{folder}; lower learning_rate."
-        )
-
-    # ---- checkpoints ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
-
-        Args:
-            output_dir: The folder; by default `args.output_dir`.
-
-        Raises:
-            FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
-        """
-        values = [value for _, p in self._adapter() for value in held_values(p)]
-        bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
-        if self.accelerator.reduce(bad, "sum"):
-            self._stop(f"The adapter is not finite after step {self.state.global_step}")
-        super().save_model(output_dir, _internal_call)
-
-    def _adapter(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-
-    def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
-        # Only the first process is sure to have the base model's values (FSDP may leave the others without).
-        digest = [base_model_digest(self.model) if self.accelerator.is_main_process else None]
-        return run_fingerprint(
-            self.args,
-            self._peft_model().active_peft_config,
-            self.args.shift if self.shift is None else "a function",
-            self.aligned,
-            broadcast_object_list(digest)[0],
-            forget["input_ids"][:],
-            retain["input_ids"][:],
-        )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train the adapter.
-
-        Args:
-            resume_from_checkpoint: A checkpoint to go on from, or `True` for the newest whole one in `output_dir`
-                (a kill in the middle of a write leaves one that is not).
-            kwargs: As in [`~transformers.Trainer.train`].
-
-        Returns:
-            `TrainOutput`; its metrics hold also `base_model_bytes` (the base model's weights, all devices together)
-            and `peak_bytes/process_N` (`rfa_llm.memory.peak_bytes` of each process).
-
-        Raises:
-            ValueError: There is no whole checkpoint, or it belongs to another forget set, retain set, base model,
-                shift, block list or setting (which).
-            FloatingPointError: A loss is not finite; the last good adapter is on disk by then.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: True, but {self.args.output_dir!r} holds no whole checkpoint; leave it "
-                    "out to start anew."
-                )
-        if resume_from_checkpoint:
-            self._shift_vectors = read_method_state(resume_from_checkpoint, self._fingerprint)
-        start_peak(self.args.device)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            # What an earlier run left there is whole no more.
-            (folder / METHOD_STATE_NAME).unlink(missing_ok=True)
-        # Older checkpoints go only when the new one is whole: every process has written its part, and the mark is set.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_method_state(folder, self._shift_vectors, self._fingerprint)
-            # By time, so that what a kill left half-written, whatever its step, goes first.
-            rotate_checkpoints(self.args.output_dir, limit, use_mtime=True)
-
-    def _init_training_state(self, *args, **kwargs):
-        # A resumed run's first logged step must not be averaged over the steps before it.
-        result = super()._init_training_state(*args, **kwargs)
-        self._sums, self._sums_since_step = {}, self.state.global_step
-        self._good_step, self._good_adapter = -1, {}
-        return result
-
-
-class _NextEpochsPairs(TrainerCallback):
-    """Tells the pairs which epoch it is; accelerate does not reach the dataset when a sampler takes `set_epoch`."""
-
-    def __init__(self, pairs: ForgetRetainPairs):
-        self.pairs = pairs
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.pairs.set_epoch(int(state.epoch))
 
 
 @contextmanager
@@ -550,37 +313,3 @@ def _loaded_whole(args: RFAConfig) -> Iterator[None]:
 def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
     """The features at the masked positions, `[n, hidden]` a block."""
     return [feature[mask.to(feature.device)] for feature in features]
-
-
-def _check_launch(args: RFAConfig) -> None:
-    if args.n_gpu > 1 or args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its forget "
-            "and its retain rows; launch a process for each GPU (`--accelerate_config ddp`) or show one "
-            "(CUDA_VISIBLE_DEVICES=0), and leave dispatch_batches off."
-        )
-    # accelerate goes on alone, without a word, where it finds no device or backend for a process of several.
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != args.world_size:
-        raise ValueError(
-            f"args: {started} processes were started, but they are not connected and each would train alone; on the "
-            "CPU set use_cpu=True (with DeepSpeed ddp_backend='gloo' instead)."
-        )
-
-
-def _check_output_dir(args: RFAConfig) -> None:
-    # A finished run puts its adapter at the top; a run to resume has checkpoints below it only.
-    done = (Path(args.output_dir) / CONFIG_NAME).exists()
-    if done and not args.overwrite_output_dir and not args.resume_from_checkpoint:
-        raise ValueError(
-            f"output_dir: {args.output_dir!r} already holds an adapter; choose another folder or set "
-            "overwrite_output_dir=True."
-        )
-
-
-def _check_not_adapter(model: str) -> None:
-    if (Path(model) / CONFIG_NAME).exists():
-        raise ValueError(
-            f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
-            "(`rfa-llm merge`) and pass the merged model."
-        )

@@ -1,0 +1,103 @@
+"""`UnlearningConfig`: the settings that every unlearning method here shares."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class UnlearningConfig(TrainingArguments):
+    r"""Settings of [`UnlearningTrainer`]; each method adds its own.
+
+    Holds those defaults of [`~transformers.TrainingArguments`] that differ, and the settings of rows and models; the
+    rest is inherited. One step sees `per_device_train_batch_size` forget rows and as many retain rows on each device,
+    and one epoch is one pass over the forget set.
+
+    Parameters:
+        forget_tokens (`str`, defaults to `"answer"`): Forget rows' positions that count: `"answer"` (the answer's
+            tokens and the position before the first of them) or `"all"`.
+        retain_tokens (`str`, defaults to `"all"`): Retain rows' positions that count, likewise.
+        max_length (`int`, *optional*, defaults to `1024`): Tokens kept of a row, from its start.
+        model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained` where the model is an id or
+            path. `dtype` is `"auto"` unless given.
+        overwrite_output_dir (`bool`, defaults to `False`): Whether to write over an adapter in `output_dir`.
+
+    Raises:
+        ValueError: A setting out of its range; the sentence names the setting, the value and the range.
+    """
+
+    # argparse cannot turn a string into this union of inherited fields, so they are listed for it, as trl does.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Defaults that differ from TrainingArguments.
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for AdamW."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the forget set."})
+    per_device_train_batch_size: int = field(
+        default=6, metadata={"help": "Forget rows per device and step; as many retain rows come beside them."}
+    )
+    warmup_steps: float = field(default=5, metadata={"help": "Warm-up steps, or their share of all if below 1."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the model's forward does not name the rows' columns."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every weight of the adapter gets a gradient in each step."}
+    )
+
+    # Rows and model.
+    forget_tokens: str = field(
+        default="answer",
+        metadata={"help": "Positions of forget rows that count.", "choices": ["answer", "all"]},
+    )
+    retain_tokens: str = field(
+        default="all", metadata={"help": "Positions of retain rows that count.", "choices": ["answer", "all"]}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of a row, from its start."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, where the model is an id."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over an adapter that the output directory already holds."}
+    )
+
+    def __post_init__(self):
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: {self.max_length} keeps no token; give 1 or more, or None for all.")
+        for name in ("forget_tokens", "retain_tokens"):
+            self._check_choice(name, ("answer", "all"))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: True would drop the rows' token ids and masks; leave it False.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha: {self.neftune_noise_alpha} would add noise to every residual; leave it out."
+            )
+        if self.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy: {self.eval_strategy!r} has no evaluation set to run on; leave it 'no' and run "
+                "`rfa-llm evaluate` or `evaluate_tofu` afterwards."
+            )
+        if self.save_strategy == "best" or self.save_only_model:
+            raise ValueError(
+                f"save_strategy, save_only_model: {str(self.save_strategy)!r} and {self.save_only_model} would leave "
+                "no checkpoint to go on from; use 'steps' or 'epoch', and leave save_only_model off."
+            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            # DeepSpeed refuses a launch file and arguments that differ.
+            self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        if self.resume_from_checkpoint in ("true", "True"):
+            # Text, as the command line hands it over.
+            self.resume_from_checkpoint = True
+        super().__post_init__()
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive; give a number above 0.")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}.")

@@ -1,0 +1,419 @@
+"""`UnlearningTrainer`: what the unlearning methods here share; each adds its loss."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
+from .checkpoints import (
+    METHOD_STATE_NAME,
+    base_model_digest,
+    newest_whole_checkpoint,
+    read_method_state,
+    run_fingerprint,
+    write_method_state,
+)
+from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
+from .data.pairing import ForgetRetainPairs, PairCollator
+from .memory import base_model_bytes, held_values, peak_bytes, start_peak
+from .unlearning_config import UnlearningConfig
+
+LAST_GOOD_NAME = "last_good_adapter"
+
+
+class UnlearningTrainer(Trainer):
+    """Trainer of a LoRA adapter that makes a causal language model forget; a method adds `compute_loss`.
+
+    The base weights never move, and the reference is the same model with its adapter off. A method may override
+    `_before_data`, `_before_model`, `_make_pairs`, `_make_collator`, `_last_adapted_block`, `_check_model`,
+    `_count_tokens`, `_method_state`, `_load_method_state` and `_method_fingerprint`; the first two run in the middle
+    of `__init__`.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
+            or path, a causal LM, or one that carries a trainable adapter already, which is then trained. The base
+            model's dropout is switched off in place.
+        args ([`UnlearningConfig`]): Settings.
+        forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .csv or .parquet file, or a
+            Hub id, in one of the formats of `rfa_llm.data.formats`.
+        retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; by default the
+            model's own.
+        peft_config ([`~peft.PeftConfig`], *optional*): The adapter; by default LoRA of rank 32. Without
+            `target_modules` it goes on every linear layer of the blocks up to `_last_adapted_block`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): For an id or path.
+        callbacks, optimizers: As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError, TypeError: Bad input; one sentence that names the argument, the value and the mend, before the
+            model is loaded where that can be.
+        FloatingPointError: From `train`, when a loss is not finite; the last good adapter is on disk by then.
+    """
+
+    _tag_names = ["rfa-llm", "unlearning"]
+    # `compute_loss` divides by the tokens of the whole global step, accumulation included.
+    loss_is_scaled_for_ga = True
+    # What helps where not even the first loss is finite.
+    _never_finite_mend = "load the model in float32 or bfloat16"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: UnlearningConfig,
+        forget_dataset: str | Dataset | None = None,
+        retain_dataset: str | Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        _check_output_dir(args)
+        _check_launch(args)
+        # The draw of LoRA's first weights must not depend on what ran before.
+        set_seed(args.seed)
+
+        # Everything that can be refused without the model's weights is, before they are loaded.
+        if not isinstance(model, (str, PreTrainedModel, PeftModel)):
+            raise TypeError(
+                f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
+            )
+        is_path = isinstance(model, str)
+        if is_path:
+            _check_not_adapter(model)
+            init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
+            source = {"revision": init_kwargs["revision"]} if "revision" in init_kwargs else {}
+            config, name = AutoConfig.from_pretrained(model, **source), model
+        else:
+            if quantization_config is not None or args.model_init_kwargs is not None:
+                raise ValueError(
+                    "model: it is loaded already, so quantization_config and model_init_kwargs cannot apply; pass its "
+                    "id or path, or leave them out."
+                )
+            source, config, name = {}, model.config, model.config.name_or_path
+        check_decoder_only(config, name)
+        self._before_data(args, config)
+
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(name, **source)
+        check_tokenizer(processing_class)
+        forget_rows = load_rows(forget_dataset, "forget_dataset")
+        forget = prepare(forget_rows, processing_class, "forget_dataset", args.max_length)
+        retain = prepare(
+            load_rows(retain_dataset, "retain_dataset"), processing_class, "retain_dataset", args.max_length
+        )
+        check_disjoint(forget, retain)
+        self._before_model(args, model, config, forget, retain, processing_class.pad_token_id)
+
+        if is_path:
+            model = AutoModelForCausalLM.from_pretrained(
+                model, **init_kwargs, **({"quantization_config": quantization_config} if quantization_config else {})
+            )
+        model = self._with_adapter(args, model, peft_config)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._make_collator(args, processing_class.pad_token_id),
+            train_dataset=self._make_pairs(args, forget, retain, forget_rows, processing_class),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # peft saves no such tags of its own; the Hub lists adapters by them.
+        self.model.add_model_tags(self._tag_names)
+        self.add_callback(_NextEpochsPairs(self.train_dataset))
+
+        self._base_bytes = base_model_bytes(self.model)
+        self._fingerprint = self._make_fingerprint(forget, retain)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sums_since_step = 0
+        self._good_step, self._good_adapter = -1, {}
+
+    # ---- what a method may override ----
+
+    def _before_data(self, args: UnlearningConfig, config: PreTrainedConfig) -> None:
+        """Check the settings against the model's config, before anything else is read."""
+
+    def _before_model(
+        self,
+        args: UnlearningConfig,
+        model: str | PreTrainedModel | PeftModel,
+        config: PreTrainedConfig,
+        forget: Dataset,
+        retain: Dataset,
+        pad_token_id: int,
+    ) -> None:
+        """Do what has to be done with the encoded sets before the model takes its memory."""
+
+    def _make_pairs(
+        self,
+        args: UnlearningConfig,
+        forget: Dataset,
+        retain: Dataset,
+        forget_rows: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+    ) -> ForgetRetainPairs:
+        """The training set, from the encoded sets and the forget set's rows as they were given."""
+        return ForgetRetainPairs(forget, retain, args.seed)
+
+    def _make_collator(self, args: UnlearningConfig, pad_token_id: int) -> PairCollator:
+        return PairCollator(pad_token_id, args.forget_tokens, args.retain_tokens)
+
+    def _last_adapted_block(self, config: PreTrainedConfig) -> int:
+        """The block up to which an adapter without `target_modules` goes."""
+        return num_blocks(config) - 1
+
+    def _check_model(self, args: UnlearningConfig, base: PreTrainedModel) -> None:
+        """Check the base model, loaded and with its adapter on."""
+
+    def _method_state(self) -> torch.Tensor:
+        """What a checkpoint keeps of the method, `[vectors, hidden]` float32."""
+        return torch.empty(0)
+
+    def _load_method_state(self, vectors: torch.Tensor) -> None:
+        """Take `_method_state` of a checkpoint."""
+
+    def _method_fingerprint(self) -> dict[str, str]:
+        """What a checkpoint must share with the run beyond the settings; replaces settings of the same name."""
+        return {}
+
+    # ---- the model ----
+
+    def _with_adapter(
+        self, args: UnlearningConfig, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+    ) -> PeftModel:
+        """The model with its adapter on, checked, without dropout of the base model's own."""
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError("peft_config: the model carries an adapter already; leave peft_config out.")
+        else:
+            if peft_config is None:
+                peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
+            model = get_peft_model(model, placed(peft_config, model, self._last_adapted_block(model.config)))
+        base = model.get_base_model()
+        self._check_model(args, base)
+        disable_dropout(base)
+        return model
+
+    def _peft_model(self) -> PeftModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- counting, logging, guarding ----
+
+    def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        counts = [
+            torch.stack([b["token_mask"][b["is_forget"]].sum(), b["token_mask"][~b["is_forget"]].sum()])
+            for b in batches
+        ]
+        return torch.stack(counts).sum(0)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Tokens that count in the global step, `[forget, retain]` int64, over all processes and accumulation."""
+        return self.accelerator.reduce(self._count_tokens(batch_samples).to(device), "sum")
+
+    def _add_up(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what `_add_up` took since the last log."""
+        if "train_runtime" in logs:
+            # The summary at the end; in place, because `train` returns this dict as the run's metrics.
+            logs.update(self._memory_figures())
+        if self._sums:
+            steps = self.state.global_step - self._sums_since_step
+            totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
+            logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
+            self._sums, self._sums_since_step = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def _memory_figures(self) -> dict[str, int]:
+        peaks = self.accelerator.gather(torch.tensor([peak_bytes(self.args.device)], device=self.args.device))
+        per_process = {f"peak_bytes/process_{rank}": peak for rank, peak in enumerate(peaks.tolist())}
+        return {"base_model_bytes": self._base_bytes, **per_process}
+
+    def _stop_if_not_finite(self, loss_forget: torch.Tensor, loss_retain: torch.Tensor) -> None:
+        """Keep a copy of the adapter as long as its losses are finite; stop, with that copy on disk, when not."""
+        bad = ~torch.isfinite(torch.stack([loss_forget.detach(), loss_retain.detach()]))
+        # Summed, so that every process stops when one has to.
+        bad = self.accelerator.reduce(bad.int(), "sum")
+        if not bad.any():
+            if self._good_step != self.state.global_step:
+                self._good_step = self.state.global_step
+                self._good_adapter = {name: [v.clone() for v in held_values(p)] for name, p in self._adapter()}
+            return
+        sets = " and ".join(name for name, is_bad in zip(("forget", "retain"), bad.tolist(), strict=True) if is_bad)
+        self._stop(f"The loss on the {sets} set is not finite at step {self.state.global_step + 1}")
+
+    def _stop(self, what: str) -> None:
+        """Put the last good adapter on disk and raise `FloatingPointError`."""
+        if not self._good_adapter:
+            raise FloatingPointError(f"{what}, before the adapter has learned anything; {self._never_finite_mend}.")
+        for name, parameter in self._adapter():
+            for value, good in zip(held_values(parameter), self._good_adapter[name], strict=True):
+                value.copy_(good)
+        folder = Path(self.args.output_dir) / LAST_GOOD_NAME
+        super().save_model(str(folder))
+        raise FloatingPointError(
+            f"{what}; the adapter as it was when the losses were last finite (after step {self._good_step}) is in "
+            f"{folder}; lower learning_rate."
+        )
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
+
+        Args:
+            output_dir: The folder; by default `args.output_dir`.
+
+        Raises:
+            FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
+        """
+        values = [value for _, p in self._adapter() for value in held_values(p)]
+        bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
+        if self.accelerator.reduce(bad, "sum"):
+            self._stop(f"The adapter is not finite after step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
+
+    def _adapter(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
+        # Only the first process is sure to have the base model's values (FSDP may leave the others without).
+        digest = [base_model_digest(self.model) if self.accelerator.is_main_process else None]
+        return run_fingerprint(
+            self.args,
+            self._peft_model().active_peft_config,
+            self._method_fingerprint(),
+            broadcast_object_list(digest)[0],
+            forget["input_ids"][:],
+            retain["input_ids"][:],
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train the adapter.
+
+        Args:
+            resume_from_checkpoint: A checkpoint to go on from, or `True` for the newest whole one in `output_dir`
+                (a kill in the middle of a write leaves one that is not).
+            kwargs: As in [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`; its metrics hold also `base_model_bytes` (the base model's weights, all devices together)
+            and `peak_bytes/process_N` (`rfa_llm.memory.peak_bytes` of each process).
+
+        Raises:
+            ValueError: There is no whole checkpoint, or it belongs to another forget set, retain set, base model or
+                setting (which).
+            FloatingPointError: A loss is not finite; the last good adapter is on disk by then.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: True, but {self.args.output_dir!r} holds no whole checkpoint; leave it "
+                    "out to start anew."
+                )
+        if resume_from_checkpoint:
+            self._load_method_state(read_method_state(resume_from_checkpoint, self._fingerprint))
+        start_peak(self.args.device)
+        if not self.args.gradient_checkpointing:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        base = self._peft_model().get_base_model()
+        # transformers lets the embedding ask for gradients, or LoRA inside a checkpointed block would get none, and
+        # forgets the hook of an earlier call.
+        base.disable_input_require_grads()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            base.disable_input_require_grads()
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            # What an earlier run left there is whole no more.
+            (folder / METHOD_STATE_NAME).unlink(missing_ok=True)
+        # Older checkpoints go only when the new one is whole: every process has written its part, and the mark is set.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_method_state(folder, self._method_state(), self._fingerprint)
+            # By time, so that what a kill left half-written, whatever its step, goes first.
+            rotate_checkpoints(self.args.output_dir, limit, use_mtime=True)
+
+    def _init_training_state(self, *args, **kwargs):
+        # A resumed run's first logged step must not be averaged over the steps before it.
+        result = super()._init_training_state(*args, **kwargs)
+        self._sums, self._sums_since_step = {}, self.state.global_step
+        self._good_step, self._good_adapter = -1, {}
+        return result
+
+
+class _NextEpochsPairs(TrainerCallback):
+    """Tells the pairs which epoch it is; accelerate does not reach the dataset when a sampler takes `set_epoch`."""
+
+    def __init__(self, pairs: ForgetRetainPairs):
+        self.pairs = pairs
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.pairs.set_epoch(int(state.epoch))
+
+
+def _check_launch(args: UnlearningConfig) -> None:
+    if args.n_gpu > 1 or args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its forget "
+            "and its retain rows; launch a process for each GPU (`--accelerate_config ddp`) or show one "
+            "(CUDA_VISIBLE_DEVICES=0), and leave dispatch_batches off."
+        )
+    # accelerate goes on alone, without a word, where it finds no device or backend for a process of several.
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"args: {started} processes were started, but they are not connected and each would train alone; on the "
+            "CPU set use_cpu=True (with DeepSpeed ddp_backend='gloo' instead)."
+        )
+
+
+def _check_output_dir(args: UnlearningConfig) -> None:
+    # A finished run puts its adapter at the top; a run to resume has checkpoints below it only.
+    done = (Path(args.output_dir) / CONFIG_NAME).exists()
+    if done and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"output_dir: {args.output_dir!r} already holds an adapter; choose another folder or set "
+            "overwrite_output_dir=True."
+        )
+
+
+def _check_not_adapter(model: str) -> None:
+    if (Path(model) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
+            "(`rfa-llm merge`) and pass the merged model."
+        )
