@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rfa_llm.data.formats import encode, encode_prompt
-from rfa_llm.evaluation.scores import answer_losses, greedy_answers
+from rfa_llm.evaluation.scores import answer_losses, answer_scores, greedy_answers
 
 ROWS = [
     {"question": "Who wrote Hamlet?", "answer": "Shakespeare."},
@@ -86,9 +86,33 @@ def test_losses_equal_a_naive_loop(model, tokenizer, batch_size, padding_side):
 
 def test_losses_of_a_bfloat16_model_are_computed_in_float32(model, tokenizer):
     model = model.to(torch.bfloat16)
-    expected = [naive_loss(model, tokenizer, row) for row in ROWS]
-    # The forward pass is the same bfloat16 one; a bfloat16 cross-entropy would be off by about 1e-2.
-    assert answer_losses(model, tokenizer, ROWS, batch_size=1) == pytest.approx(expected, abs=1e-5)
+    # A text has no prompt to share, so the forward pass is the naive one to the bit.
+    rows = [{"text": row["answer"]} for row in ROWS]
+    expected = [naive_loss(model, tokenizer, row) for row in rows]
+    # A bfloat16 cross-entropy would be off by about 1e-2.
+    assert answer_losses(model, tokenizer, rows, batch_size=1) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_answers_to_the_same_question_are_scored_as_if_alone(model, tokenizer, batch_size):
+    rows = [{"question": row["question"], "answer": other["answer"]} for other in ROWS for row in ROWS]
+    expected = [naive_loss(model, tokenizer, row) for row in rows]
+    assert answer_losses(model, tokenizer, rows, batch_size=batch_size) == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+def test_token_scores_equal_a_naive_loop(model, tokenizer):
+    for row, score in zip(ROWS, answer_scores(model, tokenizer, ROWS, batch_size=3, moments=True), strict=True):
+        encoded = encode(row, tokenizer)
+        ids, start = encoded["input_ids"], encoded["answer_start"]
+        log_probs = model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1)
+        answer = torch.tensor(ids[start:])
+        own = torch.distributions.Categorical(logits=log_probs)
+        deviations = ((own.probs * log_probs.square()).sum(-1) - own.entropy().square()).sqrt()
+        assert score.token_losses == pytest.approx(-own.log_prob(answer).numpy(), abs=1e-5)
+        assert score.matches.tolist() == (log_probs.argmax(-1) == answer).tolist()
+        assert score.means == pytest.approx(-own.entropy().numpy(), abs=1e-5)
+        assert score.deviations == pytest.approx(deviations.numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -160,12 +184,3 @@ def test_rows_in_no_known_format_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="columns"):
         answer_losses(model, tokenizer, [{"query": "a", "reply": "b"}])
     assert answer_losses(model, tokenizer, []) == []
-
-
-def test_a_model_that_ignores_logits_to_keep_is_refused(model, tokenizer):
-    class AllLogits(LlamaForCausalLM):
-        def forward(self, input_ids, attention_mask, use_cache, **kwargs):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
-
-    with pytest.raises(ValueError, match="AllLogits ignores logits_to_keep"):
-        answer_losses(AllLogits(model.config), tokenizer, ROWS)

@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+import copy
 import math
+import zlib
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rfa_llm.data.formats import encode, load_rows
-from rfa_llm.evaluation import evaluate_tofu, greedy_answers, read_log, summary, write_log
+from rfa_llm.evaluation import (
+    answer_gradient_norms,
+    evaluate_tofu,
+    greedy_answers,
+    read_log,
+    summary,
+    write_log,
+)
 
 TOFU = Path(__file__).parents[2] / "shared" / "tofu"
 
@@ -108,7 +118,7 @@ def test_aggregates_equal_a_naive_computation(model, tokenizer, sets, batch_size
     )
     assert len(expected) == 13
     assert expected["retain_rouge"] > 0  # else model utility were 0 whatever the rest
-    assert summary(log) == pytest.approx(expected, abs=1e-6)
+    assert {column: summary(log)[column] for column in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets, tmp_path):
@@ -118,7 +128,8 @@ def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets
         *(f"retain_{end}" for end in ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_ROUGE", "Truth_Ratio")),
         *(f"ra_{end}" for end in ("Q_A_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")),
         *(f"wf_{end}" for end in ("Q_A_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")),
-        "model_utility",
+        *("model_utility", "extraction_strength", "exact_memorization"),
+        *(f"forget_Q_A_{end}" for end in ("distinct_2", "repetition_4", "perplexity")),
     }
     wrong = log["forget_Q_A_PERT_Prob"]["value_by_index"]
     assert [len(wrong[index]["avg_loss"]) for index in ("0", "1", "2")] == [2, 1, 3]
@@ -149,6 +160,114 @@ def test_forget_quality_against_a_published_log(model, tokenizer, sets):
     assert log["forget_quality"]["agg_value"] == pytest.approx(0.1)
 
 
+HOLDOUT = Dataset.from_dict({"question": ["Who?", "Who was she?"], "answer": ["a swan, or no", "no eel"]})
+
+
+def naive_tokens(model, tokenizer, question, answer) -> dict:
+    """What one pass over one row says of each of the answer's tokens, float64, the closing one left out."""
+    encoded = encode({"question": question, "answer": answer}, tokenizer)
+    ids = encoded["input_ids"]
+    log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    tokens = []
+    for t in range(encoded["answer_start"], len(ids) - 1):
+        row = log_probs[t - 1]
+        mean = (row.exp() * row).sum().item()
+        deviation = math.sqrt((row.exp() * row.square()).sum().item() - mean**2)
+        tokens.append((row[ids[t]].item(), row.argmax().item() == ids[t], (row[ids[t]].item() - mean) / deviation))
+    return tokens
+
+
+def naive_auc(forget, holdout) -> float:
+    return fmean(1.0 if f < h else 0.5 if f == h else 0.0 for f in forget for h in holdout)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_memorisation_and_attacks_equal_a_naive_computation(model, tokenizer, sets, batch_size):
+    retain_log = {
+        **evaluate_tofu(model, tokenizer, {**sets, "holdout": HOLDOUT}, max_new_tokens=2),
+        "mia_loss": {
+            "agg_value": 0.5,
+            "forget": {"value_by_index": {"0": {"score": 3.0}, "1": {"score": 1.0}, "2": {"score": 0.5}}},
+            "holdout": {"value_by_index": {"0": {"score": 2.0}, "1": {"score": 0.25}}},
+        },
+        "mia_min_k": {"agg_value": 0.25},
+    }
+    more = {"batch_size": batch_size, "max_new_tokens": 2, "retain_log": retain_log}
+    log = evaluate_tofu(model, tokenizer, {**sets, "holdout": HOLDOUT}, **more)
+
+    strengths, shares = [], []
+    attacks = {name: {} for name in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_reference")}
+    reference = {"forget": [3.0, 1.0, 0.5], "holdout": [2.0, 0.25]}
+    for half, rows in (("forget", sets["forget"]), ("holdout", HOLDOUT)):
+        columns = {name: [] for name in attacks}
+        for row, other in zip(rows, reference[half], strict=True):
+            loss = naive_loss(model, tokenizer, row["question"], row["answer"])
+            tokens = naive_tokens(model, tokenizer, row["question"], row["answer"])
+            lowest = max(1, int(0.4 * len(tokens)))
+            columns["mia_loss"].append(loss)
+            columns["mia_zlib"].append(loss / len(zlib.compress(row["answer"].encode())))
+            columns["mia_min_k"].append(-fmean(sorted(token[0] for token in tokens)[:lowest]))
+            columns["mia_min_k_plus_plus"].append(-fmean(sorted(token[2] for token in tokens)[:lowest]))
+            columns["mia_reference"].append(loss - other)
+            if half == "forget":
+                shares.append(fmean(token[1] for token in tokens))
+                right = [k for k in range(len(tokens)) if all(token[1] for token in tokens[k:])]
+                strengths.append(1 - (right[0] if right else len(tokens) - 1) / len(tokens))
+        for name in attacks:
+            attacks[name][half] = columns[name]
+            scores = [row["score"] for row in log[name][half]["value_by_index"].values()]
+            assert scores == pytest.approx(columns[name], abs=1e-5 if "plus" in name else 1e-6)
+    assert 0 < min(shares) < max(shares)
+    assert log["exact_memorization"]["agg_value"] == pytest.approx(fmean(shares), abs=1e-6)
+    assert log["extraction_strength"]["agg_value"] == pytest.approx(fmean(strengths), abs=1e-6)
+    for name, halves in attacks.items():
+        assert log[name]["agg_value"] == pytest.approx(naive_auc(**halves), abs=1e-6)
+    expected = 100 * ((1 - naive_auc(**attacks["mia_min_k"])) - 0.75) / 0.75
+    assert log["privleak"]["agg_value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_gradient_norm_of_an_adapter_is_that_of_the_merged_model(model, tokenizer, sets):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    adapted = get_peft_model(copy.deepcopy(model), lora).eval()
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    rows = [{"question": row["question"], "answer": row["answer"]} for row in sets["forget"]]
+    expected = []
+    for row in rows:
+        encoded = encode(row, tokenizer)
+        ids = torch.tensor([encoded["input_ids"]])
+        labels = ids.clone()
+        labels[:, : encoded["answer_start"]] = -100
+        merged.zero_grad()
+        merged.requires_grad_(True)
+        merged(ids, labels=labels).loss.backward()
+        expected.append(math.sqrt(sum(p.grad.square().sum().item() for p in merged.parameters())))
+    before = [p.requires_grad for p in adapted.parameters()]
+    assert answer_gradient_norms(adapted, tokenizer, rows) == pytest.approx(expected, rel=1e-4)
+    assert [p.requires_grad for p in adapted.parameters()] == before
+
+    log = evaluate_tofu(adapted, tokenizer, {**sets, "holdout": HOLDOUT}, max_new_tokens=2, gradient_norm=True)
+    scores = [row["score"] for row in log["mia_gradnorm"]["forget"]["value_by_index"].values()]
+    assert scores == pytest.approx(expected, rel=1e-4)
+
+
+def test_perplexity_is_that_of_the_answers_under_the_model_without_its_adapter(model, tokenizer, sets):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    adapted = get_peft_model(copy.deepcopy(model), lora).eval()
+    log = evaluate_tofu(adapted, tokenizer, sets, max_new_tokens=15)
+    nats, tokens = 0.0, 0
+    for row in log["forget_Q_A_ROUGE"]["value_by_index"].values():
+        if row["generation"]:
+            count = len(encode({"question": "", "answer": row["generation"]}, tokenizer)["input_ids"])
+            count -= encode({"question": "", "answer": row["generation"]}, tokenizer)["answer_start"]
+            nats += count * naive_loss(model, tokenizer, row["input"], row["generation"])
+            tokens += count
+    assert tokens > 0
+    assert log["forget_Q_A_perplexity"]["agg_value"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
 def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
     retain_log = {"forget_truth_ratio": {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}}}}
     with pytest.raises(ValueError, match="1 truth ratios but the forget set has 3"):
@@ -165,6 +284,8 @@ def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
         evaluate(retain=sets["retain"].remove_columns("paraphrased_answer"))
     with pytest.raises(ValueError, match="'forget' is empty"):
         evaluate(forget=sets["forget"].select([]))
+    with pytest.raises(ValueError, match=r"'holdout' lacks the columns \['answer'\]"):
+        evaluate(holdout=HOLDOUT.remove_columns("answer"))
     empty = [{"question": "Who?", "answer": "an ox", "perturbed_answer": wrong} for wrong in (["ass"], [])]
     with pytest.raises(ValueError, match="row 1 of the question set 'real_authors'"):
         evaluate(real_authors=Dataset.from_list(empty))
@@ -182,4 +303,4 @@ def test_the_columns_of_tofu_itself(model, tokenizer):
     log = evaluate_tofu(model, tokenizer, sets, max_new_tokens=5)
     assert len(log["forget_Q_A_PERT_Prob"]["value_by_index"]["1"]["prob"]) == 5
     assert len(log["wf_Q_A_PERT_Prob"]["value_by_index"]["1"]["prob"]) == 3
-    assert all(0 <= value <= 1 for value in summary(log).values())
+    assert all(0 <= value <= 1 for column, value in summary(log).items() if column != "perplexity")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from rfa_llm.cli.main import DTYPES, USAGE
+from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
 
@@ -35,6 +36,17 @@ class EvaluateArguments:
     )
     forget_config: str = field(default="forget10_perturbed", metadata={"help": "Configuration of the forget set."})
     retain_config: str = field(default="retain_perturbed", metadata={"help": "Configuration of the retain set."})
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions and answers of the forget set's kind that the model never saw, for the membership "
+            "attacks: a .jsonl, .csv or .parquet file, or a Hub id."
+        },
+    )
+    holdout_config: str | None = field(default=None, metadata={"help": "Configuration of its Hub dataset."})
+    gradient_norm: bool = field(
+        default=False, metadata={"help": "Run the gradient-norm attack too, with a backward pass for each row."}
+    )
     dtype: str = field(
         default="auto",
         metadata={"help": "dtype of the model.", "choices": DTYPES},
@@ -71,7 +83,11 @@ def score(args: EvaluateArguments) -> dict:
         raise ValueError(
             f"batch_size, max_new_tokens: {args.batch_size} and {args.max_new_tokens} must both be 1 or more."
         )
+    if args.gradient_norm and args.holdout_dataset is None:
+        raise ValueError("holdout_dataset: gradient_norm is an attack against one, but none is given; give it too.")
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
+    if args.holdout_dataset is not None:
+        sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
     if args.retain_log is not None:
         read_retain_truth_ratios(args.retain_log)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
@@ -85,6 +101,7 @@ def score(args: EvaluateArguments) -> dict:
         batch_size=args.batch_size,
         retain_log=args.retain_log,
         max_new_tokens=args.max_new_tokens,
+        gradient_norm=args.gradient_norm,
     )
     write_log(log, args.output_file)
     return log

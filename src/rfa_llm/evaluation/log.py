@@ -99,9 +99,26 @@ def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
     )
 
 
+def read_attack_scores(log: dict, attack: str, rows: str) -> np.ndarray:
+    """The scores of a membership attack, row by row, from the log of a retain-only model.
+
+    Args:
+        log: the log, which has the attack.
+        attack: such as `mia_loss`.
+        rows: "forget" or "holdout".
+
+    Returns:
+        float64 array of shape (rows,).
+
+    Raises:
+        ValueError: it has no scores of single rows.
+    """
+    return np.array(_column(log[attack], rows, "score", f"the retain log's {attack}"), dtype=np.float64)
+
+
 def _column(log: dict, metric: str, field: str, name: str) -> list:
     """One field of a metric, question by question; JSON's keys are text, so "10" must not come before "2"."""
-    rows = log[metric].get("value_by_index", {})
+    rows = log.get(metric, {}).get("value_by_index", {})
     if not rows or any(field not in row for row in rows.values()):
         raise ValueError(f"{name} has no '{field}' for each question in '{metric}'; give the full log, not a summary.")
     return [rows[index][field] for index in sorted(rows, key=int)]

@@ -1,20 +1,28 @@
 """The TOFU evaluation: four sets of questions, a log of every score, the aggregate numbers for a table.
 
-Maini et al., 2024, "TOFU: A Task of Fictitious Unlearning for LLMs", section 2.2; metric names as in OpenUnlearning.
+Maini et al., 2024, "TOFU: A Task of Fictitious Unlearning for LLMs", section 2.2; metric names as in OpenUnlearning,
+but for the fluency ones, which it does not have.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rfa_llm.evaluation import metrics
-from rfa_llm.evaluation.log import read_retain_truth_ratios
-from rfa_llm.evaluation.scores import answer_losses, greedy_answers
+from rfa_llm.evaluation import fluency, memorisation, metrics
+from rfa_llm.evaluation.log import read_attack_scores, read_log, read_retain_truth_ratios
+from rfa_llm.evaluation.scores import (
+    AnswerScore,
+    answer_gradient_norms,
+    answer_scores,
+    greedy_answers,
+)
 
 # The four question sets, the prefix of their metrics in the log, and whether TOFU has paraphrases of their answers.
 SETS = {
@@ -40,6 +48,18 @@ SUMMARY = {
     "world_facts_rouge": "wf_Q_A_ROUGE",
     "world_facts_truth_ratio": "wf_Truth_Ratio",
     "model_utility": "model_utility",
+    "extraction_strength": "extraction_strength",
+    "exact_memorisation": "exact_memorization",
+    "mia_loss": "mia_loss",
+    "mia_zlib": "mia_zlib",
+    "mia_min_k": "mia_min_k",
+    "mia_min_k_plus_plus": "mia_min_k_plus_plus",
+    "mia_reference": "mia_reference",
+    "mia_gradient_norm": "mia_gradnorm",
+    "privleak": "privleak",
+    "distinct_2": "forget_Q_A_distinct_2",
+    "repetition_4": "forget_Q_A_repetition_4",
+    "perplexity": "forget_Q_A_perplexity",
 }
 
 UTILITY_METRICS = [
@@ -56,6 +76,7 @@ def evaluate_tofu(
     batch_size: int = 16,
     retain_log: str | os.PathLike | dict | None = None,
     max_new_tokens: int = 200,
+    gradient_norm: bool = False,
 ) -> dict[str, dict]:
     """Score a model on TOFU's four question sets.
 
@@ -63,21 +84,26 @@ def evaluate_tofu(
         model: a causal language model, with or without an adapter.
         tokenizer: its tokenizer.
         sets: "forget", "retain", "real_authors" and "world_facts", each with the columns `question`, `answer` and
-            `perturbed_answer` (a list of wrong answers); the first two also with `paraphrased_answer`.
-        batch_size: sequences scored, or prompts answered, at a time.
+            `perturbed_answer` (a list of wrong answers); the first two also with `paraphrased_answer`. With a fifth,
+            "holdout" (`question` and `answer`), rows of the forget set's kind that the model never saw, the log has
+            the membership attacks too.
+        batch_size: answers scored at a time; four times as many are generated.
         retain_log: the log, or its path, of a model trained on the retain set alone, made on the same forget set.
         max_new_tokens: the longest greedy answer, in tokens.
+        gradient_norm: whether to run the gradient-norm attack, which takes a backward pass for each row.
 
     Returns:
         {metric: {"agg_value": float, "value_by_index": {"0": {...}, ...}}}, every number a Python float. Without a
-        `retain_log` there is no `forget_quality`.
+        `retain_log` there is no `forget_quality`; without "holdout", in it or in the sets, no `privleak` and no
+        reference attack.
 
     Raises:
         ValueError: a set or a column is missing, a set or its wrong answers are empty, or `retain_log` is of another
-            forget set.
+            forget set or holdout set.
     """
     _check(sets)
     if retain_log is not None:
+        retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log)
         retain_ratios = read_retain_truth_ratios(retain_log)
         if len(retain_ratios) != len(sets["forget"]):
             raise ValueError(
@@ -87,8 +113,14 @@ def evaluate_tofu(
     log = {}
     for name in SETS:
         rows = list(sets[name])
-        log |= _probabilities(model, tokenizer, rows, name, batch_size)
-        log |= _rouge(model, tokenizer, rows, name, batch_size, max_new_tokens)
+        scores, of_set = _probabilities(model, tokenizer, rows, name, batch_size)
+        log |= of_set | _rouge(model, tokenizer, rows, name, batch_size, max_new_tokens)
+        if name == "forget":
+            log |= _memorisation(scores)
+            log |= _fluency(model, tokenizer, log["forget_Q_A_ROUGE"], batch_size)
+            if "holdout" in sets:
+                holdout = list(sets["holdout"])
+                log |= _membership(model, tokenizer, rows, scores, holdout, batch_size, gradient_norm, retain_log)
     if retain_log is not None:
         ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
         log["forget_quality"] = {"agg_value": metrics.forget_quality(ratios, retain_ratios)}
@@ -104,16 +136,20 @@ def summary(log: Mapping[str, dict]) -> dict[str, float]:
 
     Returns:
         `{set}_prob`, `{set}_rouge` and `{set}_truth_ratio` for each of the four sets (normalised probability on real
-        authors and world facts), `model_utility`, and `forget_quality` where the log has it.
+        authors and world facts), `model_utility`, and what else of `SUMMARY` the log has.
     """
     return {column: log[metric]["agg_value"] for column, metric in SUMMARY.items() if metric in log}
 
 
 def _check(sets: Mapping[str, Dataset]) -> None:
-    for name, (_, has_paraphrases) in SETS.items():
+    checked = {name: has_paraphrases for name, (_, has_paraphrases) in SETS.items()}
+    if "holdout" in sets:
+        checked["holdout"] = False
+    for name, has_paraphrases in checked.items():
         if name not in sets:
             raise ValueError(f"the question set {name!r} is missing (found {sorted(sets)}); give all of {list(SETS)}.")
-        columns = ["question", "answer", *(["paraphrased_answer"] if has_paraphrases else []), "perturbed_answer"]
+        texts = ["question", "answer", *(["paraphrased_answer"] if has_paraphrases else [])]
+        columns = texts if name == "holdout" else [*texts, "perturbed_answer"]
         missing = [column for column in columns if column not in sets[name].column_names]
         if missing:
             raise ValueError(
@@ -122,13 +158,13 @@ def _check(sets: Mapping[str, Dataset]) -> None:
             )
         if len(sets[name]) == 0:
             raise ValueError(f"the question set {name!r} is empty; give at least one question.")
-        for column in columns[:-1]:
+        for column in texts:
             for index, text in enumerate(sets[name][column]):
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(
                         f"row {index} of the question set {name!r} has {column}={text!r}; give text or drop the row."
                     )
-        for index, wrong in enumerate(sets[name]["perturbed_answer"]):
+        for index, wrong in enumerate(sets[name]["perturbed_answer"] if name != "holdout" else []):
             if not isinstance(wrong, list) or not wrong:
                 raise ValueError(
                     f"row {index} of the question set {name!r} has perturbed_answer={wrong!r}; "
@@ -138,8 +174,8 @@ def _check(sets: Mapping[str, Dataset]) -> None:
 
 def _probabilities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], name: str, batch_size: int
-) -> dict[str, dict]:
-    """Probabilities and truth ratios of one set, from one scoring pass over all its answers."""
+) -> tuple[list[AnswerScore], dict[str, dict]]:
+    """The true answers' scores, and probabilities and truth ratios, of one set from one pass over all its answers."""
     prefix, has_paraphrases = SETS[name]
     wrong_counts = [len(row["perturbed_answer"]) for row in rows]
     pairs = [(row["question"], row["answer"]) for row in rows]
@@ -147,13 +183,15 @@ def _probabilities(
         pairs += [(row["question"], row["paraphrased_answer"]) for row in rows]
     pairs += [(row["question"], wrong) for row in rows for wrong in row["perturbed_answer"]]
 
-    all_losses = answer_losses(
+    scores = answer_scores(
         model,
         tokenizer,
         [{"question": question, "answer": answer} for question, answer in pairs],
         batch_size=batch_size,
+        moments=name == "forget",
         desc=f"{name}: losses",
     )
+    all_losses = [score.loss for score in scores]
     true_losses = all_losses[: len(rows)]
     # On real authors and world facts the answer itself stands for the paraphrase.
     paraphrased_losses = all_losses[len(rows) : 2 * len(rows)] if has_paraphrases else true_losses
@@ -177,7 +215,7 @@ def _probabilities(
         log["forget_truth_ratio"] = _metric(metrics.forget_truth_ratio_score(ratios), ratio_rows)
     else:
         log[f"{prefix}_Truth_Ratio"] = _metric(metrics.kept_truth_ratio_score(ratios), ratio_rows)
-    return log
+    return scores[: len(rows)], log
 
 
 def _rouge(
@@ -191,7 +229,13 @@ def _rouge(
     """ROUGE of one set's greedy answers; the log keeps the texts beside the scores."""
     pairs = [{"question": row["question"], "answer": row["answer"]} for row in rows]
     generations = greedy_answers(
-        model, tokenizer, pairs, batch_size=batch_size, max_new_tokens=max_new_tokens, desc=f"{name}: answers"
+        model,
+        tokenizer,
+        pairs,
+        # A step of generation sees one token a row.
+        batch_size=4 * batch_size,
+        max_new_tokens=max_new_tokens,
+        desc=f"{name}: answers",
     )
     scores = metrics.rouge(generations, [row["answer"] for row in rows])
     by_row = [
@@ -199,6 +243,100 @@ def _rouge(
         for score, row, generation in zip(scores, rows, generations, strict=True)
     ]
     return {f"{SETS[name][0]}_Q_A_ROUGE": _metric(float(np.mean([s["rougeL_recall"] for s in scores])), by_row)}
+
+
+def _memorisation(scores: list[AnswerScore]) -> dict[str, dict]:
+    """How much of the forget set's answers greedy decoding would give back, closing tokens left out."""
+    log = {}
+    for metric, function in (
+        ("extraction_strength", memorisation.extraction_strength),
+        ("exact_memorization", memorisation.exact_memorisation),
+    ):
+        values = [function(score.matches[:-1]) for score in scores]
+        log[metric] = _metric(float(np.mean(values)), [{"score": value} for value in values])
+    return log
+
+
+def _fluency(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rouge: dict, batch_size: int
+) -> dict[str, dict]:
+    """How well the greedy answers to the forget questions are written; perplexity under the model itself, its adapter
+    off, which is the target's where the adapter is what unlearning has trained."""
+    rows = [{"question": row["input"], "answer": row["generation"]} for row in rouge["value_by_index"].values()]
+    texts = [row["answer"] for row in rows]
+    repeated = [fluency.repetition(text, 4) for text in texts]
+    log = {
+        "forget_Q_A_distinct_2": {"agg_value": fluency.distinct_n(texts, 2)},
+        "forget_Q_A_repetition_4": _metric(float(np.mean(repeated)), [{"score": value} for value in repeated]),
+    }
+    answered = [row for row in rows if row["answer"]]
+    if answered:
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            scores = answer_scores(model, tokenizer, answered, batch_size=batch_size, desc="forget: perplexity")
+        counts = [len(score.token_losses) for score in scores]
+        log["forget_Q_A_perplexity"] = {"agg_value": fluency.perplexity([score.loss for score in scores], counts)}
+    return log
+
+
+def _membership(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget_rows: list[dict],
+    forget_scores: list[AnswerScore],
+    holdout_rows: list[dict],
+    batch_size: int,
+    gradient_norm: bool,
+    retain_log: dict | None,
+) -> dict[str, dict]:
+    """The membership attacks: do forget rows look more like training data than holdout rows?"""
+    holdout_rows = [{"question": row["question"], "answer": row["answer"]} for row in holdout_rows]
+    holdout_scores = answer_scores(
+        model, tokenizer, holdout_rows, batch_size=batch_size, moments=True, desc="holdout: losses"
+    )
+    halves = {"forget": (forget_rows, forget_scores), "holdout": (holdout_rows, holdout_scores)}
+    attacks = {"mia_loss": {}, "mia_zlib": {}, "mia_min_k": {}, "mia_min_k_plus_plus": {}}
+    for half, (rows, scores) in halves.items():
+        attacks["mia_loss"][half] = [score.loss for score in scores]
+        attacks["mia_zlib"][half] = [
+            memorisation.zlib_score(score.loss, row["answer"]) for score, row in zip(scores, rows, strict=True)
+        ]
+        attacks["mia_min_k"][half] = [memorisation.min_k(-score.token_losses[:-1]) for score in scores]
+        attacks["mia_min_k_plus_plus"][half] = [
+            memorisation.min_k_plus_plus(-score.token_losses[:-1], score.means[:-1], score.deviations[:-1])
+            for score in scores
+        ]
+    if gradient_norm:
+        attacks["mia_gradnorm"] = {
+            half: answer_gradient_norms(
+                model, tokenizer, [{"question": row["question"], "answer": row["answer"]} for row in rows]
+            )
+            for half, (rows, _) in halves.items()
+        }
+    if retain_log is not None and "mia_loss" in retain_log:
+        attacks["mia_reference"] = {}
+        for half in halves:
+            losses = attacks["mia_loss"][half]
+            reference = read_attack_scores(retain_log, "mia_loss", half)
+            if len(reference) != len(losses):
+                raise ValueError(
+                    f"retain_log has {len(reference)} {half} rows under mia_loss, but there are {len(losses)}; give "
+                    "the log of a retain-only model on the same sets."
+                )
+            attacks["mia_reference"][half] = (np.array(losses) - reference).tolist()
+    log = {
+        attack: {
+            "agg_value": memorisation.membership_auc(values["forget"], values["holdout"]),
+            **{
+                half: _metric(float(np.mean(values[half])), [{"score": value} for value in values[half]])
+                for half in halves
+            },
+        }
+        for attack, values in attacks.items()
+    }
+    if retain_log is not None and "mia_min_k" in retain_log:
+        retain_auc = retain_log["mia_min_k"]["agg_value"]
+        log["privleak"] = {"agg_value": memorisation.privleak(log["mia_min_k"]["agg_value"], retain_auc)}
+    return log
 
 
 def _probability_metric(losses: list[float]) -> dict:
