@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import perturb, tiny_llama
+from conftest import perturb, tiny_llama, tiny_rows
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
@@ -27,6 +27,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rfa_llm.blocks import find_blocks
+from rfa_llm.data.formats import encode
+from rfa_llm.evaluation import answer_losses, greedy_answers
 from rfa_llm.reference import (
     check_attention,
     local_features,
@@ -277,3 +279,27 @@ def test_flash_attention_is_refused_for_local():
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' cannot take; load .*'sdpa'"):
         check_attention(model, "local")
     check_attention(model, "smoothed")
+
+
+@every_architecture
+@torch.no_grad()
+def test_scores_and_answers_equal_a_loop_without_batches_and_cache(name, tokenizer):
+    model = tiny_model(name, vocab_size=len(tokenizer)).eval()
+    rows = list(tiny_rows(6, first=0))
+    # Questions of several lengths, some with two answers.
+    rows += [{**row, "question": f"w1 {row['question']} w2"} for row in rows[:2]]
+    rows += [{**rows[0], "answer": "w3 w4"}]
+    losses, answers = [], []
+    for row in rows:
+        encoded = encode(row, tokenizer)
+        ids, start = encoded["input_ids"], encoded["answer_start"]
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])).item())
+        ids = ids[:start]
+        while len(ids) < start + 6:
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        answers.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+    assert answer_losses(model, tokenizer, rows, batch_size=4) == pytest.approx(losses, abs=1e-5)
+    assert greedy_answers(model, tokenizer, rows, batch_size=4, max_new_tokens=6) == answers
