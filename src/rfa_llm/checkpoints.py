@@ -62,10 +62,10 @@ def run_fingerprint(
     rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "base_model": base_model,
-        "forget_dataset": _digest(json.dumps(forget_ids).encode()),
-        "retain_dataset": _digest(json.dumps(retain_ids).encode()),
+        "forget_dataset": digest(json.dumps(forget_ids)),
+        "retain_dataset": digest(json.dumps(retain_ids)),
         **method,
-        "peft_config": _digest(json.dumps(adapter, sort_keys=True, default=sorted).encode()),
+        "peft_config": digest(json.dumps(adapter, sort_keys=True, default=sorted)),
         "rows_a_step": str(rows_a_step),
         **settings,
     }
@@ -85,7 +85,7 @@ def base_model_digest(model: PeftModel) -> str:
         values = held_values(parameter)[-1]
         first = values.flatten()[:16].float().cpu().tolist()
         parts.append((name, str(values.dtype), first))
-    return _digest(json.dumps(parts, default=str).encode())
+    return digest(json.dumps(parts, default=str))
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:
@@ -118,5 +118,6 @@ def read_method_state(folder: str, fingerprint: dict[str, str]) -> torch.Tensor:
         return file.get_tensor("vectors")
 
 
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
+def digest(text: str) -> str:
+    """A short name for a text that is too long, or too private, to stand in a checkpoint."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -31,18 +31,40 @@ MASKABLE = ("eager", "sdpa", "flex_attention")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
-    """`h⁰_b`: the blocks' features with the adapters off, `[rows, tokens, hidden]` a block, without a graph."""
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Switch the adapters off inside the context, without a graph: the model is its own reference there."""
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with torch.no_grad(), model.disable_adapter():
         # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
         # reads in the first forward which weights train, so they must never look frozen.
         for parameter, train in trains:
             parameter.requires_grad_(train)
-        features = block_features(model, blocks, **inputs)
+        yield
     for parameter, train in trains:
         parameter.requires_grad_(train)
-    return features
+
+
+def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """`h⁰_b`: the blocks' features with the adapters off, `[rows, tokens, hidden]` a block, without a graph."""
+    with adapter_off(model):
+        return block_features(model, blocks, **inputs)
+
+
+def attention_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model's attention cannot be given another scale or mask, as the rest of a sentence; `None` if it can."""
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        return (
+            f"needs attention that takes a custom mask or scale, which {name} (ALiBi or attention of its own) does not"
+        )
+    layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types") or []
+    others = sorted(set(layer_types) - ATTENTION_LAYERS)
+    if others:
+        return (
+            f"changes attention alone, but {name} has {', '.join(others)} layers too, which would still see everything"
+        )
+    return None
 
 
 def check_attention(model: PreTrainedModel, shift: str) -> None:
@@ -52,19 +74,10 @@ def check_attention(model: PreTrainedModel, shift: str) -> None:
         ValueError: The model does not go through transformers' attention interface (ALiBi models do not), or its
             attention implementation takes no mask of ours.
     """
-    name, implementation = type(model).__name__, model.config._attn_implementation
-    if not model._supports_attention_backend:
-        raise ValueError(
-            f"shift: {shift!r} needs attention that takes a custom mask or scale, which {name} "
-            "(ALiBi or attention of its own) does not; use shift='mean', 'random', 'negate' or 'ignorant'."
-        )
-    layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types") or []
-    others = sorted(set(layer_types) - ATTENTION_LAYERS)
-    if others:
-        raise ValueError(
-            f"shift: {shift!r} changes attention alone, but {name} has {', '.join(others)} layers too, which would "
-            "still see everything; use shift='mean', 'random', 'negate' or 'ignorant'."
-        )
+    obstacle = attention_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"shift: {shift!r} {obstacle}; use shift='mean', 'random', 'negate' or 'ignorant'.")
+    implementation = model.config._attn_implementation
     if shift == "local" and implementation not in MASKABLE:
         raise ValueError(
             f"shift: 'local' needs a window-and-sink mask, which attn_implementation={implementation!r} cannot take; "

@@ -61,6 +61,11 @@ def block_features(model: nn.Module, blocks: Sequence[nn.Module], **inputs: torc
     return features
 
 
+def select(features: Sequence[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
+    """The features at the masked positions, `[n, hidden]` a block, each on its block's device."""
+    return [feature[mask.to(feature.device)] for feature in features]
+
+
 def squared_ratio(difference: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """`‖difference‖² / ‖reference‖²` per token: `[n, hidden]` twice, any float dtype → `[n]` float32."""
     return difference.float().square().sum(-1) / reference.float().square().sum(-1)

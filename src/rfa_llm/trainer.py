@@ -162,9 +162,9 @@ class RFATrainer(UnlearningTrainer):
 
         h0 = reference.reference_features(self._peft_model(), self._blocks(), **tokens)
         h = residuals.block_features(model, self._blocks(), **tokens)
-        h0_forget, h0_retain = _select(h0, on_forget), _select(h0, on_retain)
-        r_forget = [a - b for a, b in zip(_select(h, on_forget), h0_forget, strict=True)]
-        r_retain = [a - b for a, b in zip(_select(h, on_retain), h0_retain, strict=True)]
+        h0_forget, h0_retain = residuals.select(h0, on_forget), residuals.select(h0, on_retain)
+        r_forget = [a - b for a, b in zip(residuals.select(h, on_forget), h0_forget, strict=True)]
+        r_retain = [a - b for a, b in zip(residuals.select(h, on_retain), h0_retain, strict=True)]
         shift = self._shift(inputs, h0_forget)
 
         # Blocks may sit on several devices; what becomes of them meets on the Trainer's.
@@ -221,11 +221,13 @@ class RFATrainer(UnlearningTrainer):
             smoothed = reference.smoothed_features(
                 self._peft_model(), self._blocks(), **forget, temperature=args.smoothing_temperature
             )
-            return [shifts.smoothed_shift(h, s) for h, s in zip(h0, _select(smoothed, on_tokens), strict=True)]
+            return [
+                shifts.smoothed_shift(h, s) for h, s in zip(h0, residuals.select(smoothed, on_tokens), strict=True)
+            ]
         local = reference.local_features(
             self._peft_model(), self._blocks(), **forget, window=args.local_window, sinks=args.local_sinks
         )
-        return [shifts.local_shift(h, near) for h, near in zip(h0, _select(local, on_tokens), strict=True)]
+        return [shifts.local_shift(h, near) for h, near in zip(h0, residuals.select(local, on_tokens), strict=True)]
 
     def _make_shift_vectors(self) -> torch.Tensor:
         """The shift's fixed vectors, `[blocks, hidden]` float32: means, random directions, style, or none."""
@@ -308,8 +310,3 @@ def _loaded_whole(args: RFAConfig) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(config)
-
-
-def _select(features: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
-    """The features at the masked positions, `[n, hidden]` a block."""
-    return [feature[mask.to(feature.device)] for feature in features]

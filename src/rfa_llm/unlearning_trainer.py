@@ -46,9 +46,8 @@ class UnlearningTrainer(Trainer):
     """Trainer of a LoRA adapter that makes a causal language model forget; a method adds `compute_loss`.
 
     The base weights never move, and the reference is the same model with its adapter off. A method may override
-    `_before_data`, `_before_model`, `_make_pairs`, `_make_collator`, `_last_adapted_block`, `_check_model`,
-    `_count_tokens`, `_method_state`, `_load_method_state` and `_method_fingerprint`; the first two run in the middle
-    of `__init__`.
+    `_before_data`, `_make_pairs`, `_before_model`, `_last_adapted_block`, `_check_model`, `_make_collator`,
+    `_count_tokens`, `_method_fingerprint`, `_method_state` and `_load_method_state`; `__init__` calls the first six.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
@@ -124,6 +123,7 @@ class UnlearningTrainer(Trainer):
             load_rows(retain_dataset, "retain_dataset"), processing_class, "retain_dataset", args.max_length
         )
         check_disjoint(forget, retain)
+        pairs = self._make_pairs(args, forget, retain, forget_rows, processing_class)
         self._before_model(args, model, config, forget, retain, processing_class.pad_token_id)
 
         if is_path:
@@ -136,7 +136,7 @@ class UnlearningTrainer(Trainer):
             model=model,
             args=args,
             data_collator=self._make_collator(args, processing_class.pad_token_id),
-            train_dataset=self._make_pairs(args, forget, retain, forget_rows, processing_class),
+            train_dataset=pairs,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
