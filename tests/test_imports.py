@@ -21,6 +21,8 @@ ALLOWED = {
     "memory": set(),
     "checkpoints": {"unlearning_config", "memory"},
     "unlearning_trainer": {"blocks", "data", "memory", "checkpoints", "unlearning_config"},
+    "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
+    | {"blocks", "residuals", "reference", "data", "checkpoints"},
     "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"},
 }
 
