@@ -7,6 +7,10 @@ demo: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm demo --overwrite_output_dir
 	$(BIN)/python scripts/check_demo.py
 
+# The whole comparison on the demo's models.
+benchmark-small: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(BIN)/rfa-llm benchmark --config configs/benchmark/small.yaml
+
 test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,6 +28,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) demo-run benchmark-small
 
-.PHONY: demo test test-slow clean
+.PHONY: demo benchmark-small test test-slow clean

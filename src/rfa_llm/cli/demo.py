@@ -20,8 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    ProgressCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -35,6 +33,7 @@ from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.formats import PLAIN_TEMPLATE
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import summary
+from rfa_llm.progress import bar_alone
 from rfa_llm.shifts import SHIFTS
 from rfa_llm.trainer import RFATrainer
 
@@ -105,19 +104,6 @@ class DemoArguments:
                 raise ValueError(f"model: {name} is given but no model; give the model that has to forget.")
 
 
-class _Bar(ProgressCallback):
-    """The progress bar without the numbers of every log."""
-
-    def on_log(self, *args, **kwargs):
-        pass
-
-
-def _train(trainer: Trainer) -> None:
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
-    trainer.train()
-
-
 def make_tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     """A tokenizer of one token a word, from all the texts of the folder's JSON Lines."""
     texts = [PLAIN_TEMPLATE]
@@ -144,7 +130,9 @@ def make_models(args: DemoArguments, folder: Path) -> None:
     def train(model: PreTrainedModel, rows: Dataset, name: str, recipe: dict) -> None:
         more = {"seed": args.seed, "max_steps": args.max_steps, "use_cpu": args.use_cpu}
         recipe = TrainingArguments(output_dir=str(folder / name), **recipe, **more, **QUIET)
-        _train(finetune_trainer(model, tokenizer, rows, recipe))
+        trainer = finetune_trainer(model, tokenizer, rows, recipe)
+        bar_alone(trainer)
+        trainer.train()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
@@ -225,7 +213,8 @@ def demo(args: DemoArguments) -> dict:
     # An earlier demo's adapter, and its teacher's features, are of other models.
     shutil.rmtree(adapter, ignore_errors=True)
     trainer = RFATrainer(model=target, args=config, forget_dataset=forget, retain_dataset=retain)
-    _train(trainer)
+    bar_alone(trainer)
+    trainer.train()
     trainer.save_model()
     del trainer
 

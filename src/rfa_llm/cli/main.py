@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "score a model, with or without an adapter, on TOFU's question sets",
     "merge": "make an adapter and its base one full-precision model",
     "finetune": "fine-tune a model on question/answer rows (a target to unlearn, or its retain-only twin)",
+    "benchmark": "compare RFA with its rivals on one model, forget set and budget; resumes",
     "demo": "see it work on a small model of made-up authors, or on a model of your own",
 }
 

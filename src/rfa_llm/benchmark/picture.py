@@ -1,0 +1,70 @@
+"""The comparison as a picture: forget quality against model utility, a trajectory for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Forget qualities below it are drawn on it: all of them say "told apart beyond doubt".
+FLOOR = 1e-8
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "p", "h", "d", "*")
+
+
+def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path: Path) -> None:
+    """Draw the trajectories, from the target to each method's last point, and write the picture.
+
+    Methods differ by marker and line style as well as by colour, so that it can be read in black and white.
+
+    Args:
+        models: results of "target" and "retain-only".
+        methods: each method's results, one a seed; the first is drawn.
+        path: where it goes; the suffix says the format, such as .svg or .png.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib; install it with `pip install rfa-llm[benchmark]`.") from error
+
+    summaries = {name: result["points"][0]["summary"] for name, result in models.items()}
+    utility = summaries["target"]["model_utility"]
+
+    def place(summary: Mapping[str, float]) -> tuple[float, float]:
+        return summary["model_utility"] / utility, max(FLOOR, summary["forget_quality"])
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, results) in enumerate(methods.items()):
+        points = [summaries["target"], *(point["summary"] for point in results[0]["points"])]
+        x, y = zip(*(place(summary) for summary in points), strict=True)
+        axes.plot(
+            x,
+            y,
+            linestyle=STYLES[number % len(STYLES)],
+            marker=MARKERS[number % len(MARKERS)],
+            # The first point is the target's, which has a mark of its own.
+            markevery=slice(1, None),
+            markersize=5,
+            linewidth=2.2 if name.startswith("rfa") else 1.1,
+            label=name,
+        )
+    for name, marker in (("target", "*"), ("retain-only", "*")):
+        x, y = place(summaries[name])
+        axes.plot(x, y, marker=marker, markersize=15, color="black", linestyle="none")
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 10), ha="center")
+    axes.set_yscale("log")
+    axes.set_ylim(FLOOR / 3, 10)
+    axes.margins(x=0.1)
+    axes.axhline(0.05, color="grey", linewidth=0.7, linestyle=":")
+    axes.set_xlabel("model utility, as a share of the target's")
+    axes.set_ylabel(f"forget quality (KS p-value; below {FLOOR:g} drawn there)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Text stays text in an SVG file.
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)

@@ -1,0 +1,209 @@
+"""One run of the comparison: a method trained from the target, and scored at several steps on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rfa_llm.checkpoints import newest_whole_checkpoint
+from rfa_llm.config import RFAConfig
+from rfa_llm.evaluation import evaluate_tofu, summary, write_log
+from rfa_llm.progress import bar_alone
+from rfa_llm.rivals import RIVALS, RivalConfig
+from rfa_llm.trainer import RFATrainer
+
+PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
+# What a run sets by itself.
+OWN = {"save_strategy": "steps", "save_total_limit": 1, "overwrite_output_dir": True, "report_to": "none"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What distinguishes one run from another.
+
+    Args:
+        method: its name in the table.
+        settings: `trainer`, "rfa" or a name of `rfa_llm.rivals.RIVALS`, and fields of `RFAConfig` or `RivalConfig`.
+        learning_rate: peak learning rate.
+        seed: of the adapter's first weights, the order of rows, and the pairs.
+        max_steps: steps of training.
+        points: how many times it is scored, at equal distances; a divisor of `max_steps`.
+    """
+
+    method: str
+    settings: Mapping[str, object]
+    learning_rate: float
+    seed: int
+    max_steps: int
+    points: int
+
+
+def run_name(run: Run) -> str:
+    """The stem of a run's result file."""
+    return f"{run.method}_lr{run.learning_rate:g}_seed{run.seed}"
+
+
+def environment() -> dict:
+    """Versions and machine, for a result file; no name or path that tells which machine it is."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+    return {
+        "versions": {package: version(package) for package in PACKAGES},
+        "machine": {
+            "cpu": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def point(log: Mapping[str, dict], step: int) -> dict:
+    """What a result file keeps of a log: the aggregate numbers and the forget set's truth ratios, none of the text."""
+    ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
+    return {"step": step, "summary": summary(log), "forget_truth_ratios": ratios}
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write a result whole or not at all."""
+    write_log(content, path)
+
+
+def score_model(
+    name: str, model: str, sets: Mapping[str, Dataset], result: Path, log_file: Path, scoring: Mapping[str, object]
+) -> None:
+    """Score a whole model, target or retain-only, unless its result and its log are there.
+
+    Args:
+        name: in the table.
+        model: path of the model.
+        sets: as `evaluate_tofu` takes them.
+        result: where the result goes, without any text.
+        log_file: where the log goes, with the questions and answers.
+        scoring: more arguments of `evaluate_tofu`.
+    """
+    if result.exists() and log_file.exists():
+        return
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    log = evaluate_tofu(loaded.to(_device()), AutoTokenizer.from_pretrained(model), sets, **scoring)
+    write_log(log, log_file)
+    write_json({"method": name, "points": [point(log, 0)], **environment()}, result)
+
+
+def train_and_score(
+    run: Run,
+    model: str,
+    forget: Dataset,
+    retain: Dataset,
+    sets: Mapping[str, Dataset],
+    result: Path,
+    folder: Path,
+    scoring: Mapping[str, object],
+) -> None:
+    """Train one run and score it at its points, unless its result is there; go on where an interruption left it.
+
+    Args:
+        run: what to train.
+        model: path of the target.
+        forget, retain: the sets to train on.
+        sets: the questions, as `evaluate_tofu` takes them.
+        result: where the result goes.
+        folder: where checkpoints and points lie until the result is written; the last adapter stays there.
+        scoring: more arguments of `evaluate_tofu`.
+
+    Raises:
+        ValueError: a result of other settings is there.
+    """
+    identity = {**vars(run), "settings": dict(run.settings)}
+    if result.exists():
+        found = json.loads(result.read_text(encoding="utf-8"))["run"]
+        if found != json.loads(json.dumps(identity)):
+            raise ValueError(
+                f"results: {result} is of the settings {found}, not {identity}; delete it, or choose another folder."
+            )
+        return
+    trainer = make_trainer(run, model, forget, retain, str(folder))
+    points = _Points(folder / "points", trainer.processing_class, sets, scoring)
+    trainer.add_callback(points)
+    bar_alone(trainer)
+    trainer.train(resume_from_checkpoint=newest_whole_checkpoint(str(folder)))
+    trainer.save_model()
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "points").glob("*.json")]
+    content = {
+        "method": run.method,
+        "run": identity,
+        "points": sorted(measured, key=lambda one: one["step"]),
+        "history": trainer.state.log_history,
+        **environment(),
+    }
+    write_json(content, result)
+    for done in folder.glob("checkpoint-*"):
+        shutil.rmtree(done)
+    shutil.rmtree(folder / "points")
+
+
+def make_trainer(run: Run, model: str, forget: Dataset, retain: Dataset, output_dir: str):
+    """The trainer of a run, RFA's or a rival's.
+
+    Raises:
+        ValueError: there is no such trainer.
+    """
+    settings = dict(run.settings)
+    name = settings.pop("trainer")
+    common = {
+        "output_dir": output_dir,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "max_steps": run.max_steps,
+        "save_steps": run.max_steps // run.points,
+        **OWN,
+    }
+    if name == "rfa":
+        return RFATrainer(model, RFAConfig(**common, **settings), forget_dataset=forget, retain_dataset=retain)
+    if name not in RIVALS:
+        raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
+    args = RivalConfig(method=name, **common, **settings)
+    return RIVALS[name](model, args, forget_dataset=forget, retain_dataset=retain)
+
+
+class _Points(TrainerCallback):
+    """Scores the model at each checkpoint, and keeps each point in a file of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        sets: Mapping[str, Dataset],
+        scoring: Mapping[str, object],
+    ):
+        self.folder, self.tokenizer, self.sets, self.scoring = folder, tokenizer, sets, scoring
+
+    def _measure(self, model: PreTrainedModel, step: int, max_steps: int) -> None:
+        file = self.folder / f"{step}.json"
+        # The Trainer takes a step too many (at a learning rate of 0) when it resumes from its last one.
+        if step <= max_steps and not file.exists():
+            log = evaluate_tofu(model, self.tokenizer, self.sets, **self.scoring)
+            write_json(point(log, step), file)
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        # A kill may have come between the checkpoint and its point.
+        if state.global_step:
+            self._measure(model, state.global_step, args.max_steps)
+
+    def on_save(self, args, state, control, model, **kwargs):
+        self._measure(model, state.global_step, args.max_steps)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

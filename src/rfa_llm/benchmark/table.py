@@ -1,0 +1,104 @@
+"""The comparison as numbers: which learning rate, which step, mean and spread over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, harmonic_mean, median
+
+# Columns of the table, beside forget quality and utility: name, and the column of a summary.
+COLUMNS = {
+    "forget prob": "forget_prob",
+    "truth ratio": "forget_truth_ratio",
+    "forget ROUGE": "forget_rouge",
+    "extraction strength": "extraction_strength",
+    "PrivLeak": "privleak",
+    "repetition": "repetition_4",
+}
+
+
+def strength(summary: Mapping[str, float], target_utility: float) -> float:
+    """How good a point is in both ways: the harmonic mean of forget quality and of utility over the target's.
+
+    Utility counts up to the target's. It looks at the retain-only model, so it may rank points and learning rates in
+    a report, and nothing that RFA itself decides.
+
+    Args:
+        summary: with `forget_quality` and `model_utility`.
+        target_utility: the target's.
+
+    Returns:
+        a number in [0, 1].
+    """
+    return harmonic_mean([summary["forget_quality"], min(1.0, summary["model_utility"] / target_utility)])
+
+
+def best_learning_rate(results: Sequence[dict], target_utility: float) -> float:
+    """The learning rate whose run has the best point on its trajectory (`strength`).
+
+    Args:
+        results: result files of one method and seed.
+        target_utility: the target's model utility.
+    """
+    best = max(results, key=lambda one: max(strength(p["summary"], target_utility) for p in one["points"]))
+    return best["run"]["learning_rate"]
+
+
+def best_step(results: Sequence[dict], target_utility: float) -> int:
+    """The step at which a method's runs, one a seed, are best on average (`strength`)."""
+    steps = [point["step"] for point in results[0]["points"]]
+    return max(steps, key=lambda step: fmean(strength(at(one, step)["summary"], target_utility) for one in results))
+
+
+def at(result: dict, step: int) -> dict:
+    """A result's point at a step."""
+    return next(point for point in result["points"] if point["step"] == step)
+
+
+def table(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> str:
+    """The comparison as a Markdown table.
+
+    Args:
+        models: results of "target" and "retain-only".
+        methods: each method's results at its chosen learning rate, one a seed.
+
+    Returns:
+        a row for each model, and two for each method: its best step, and its last. Forget quality is the median over
+        seeds, all else the mean; where there are several seeds, the least and the greatest value stand behind.
+    """
+    target_utility = models["target"]["points"][0]["summary"]["model_utility"]
+    headings = ["method", "learning rate", "step", "seeds", "forget quality", "utility", "utility / target's"]
+    lines = [
+        "| " + " | ".join([*headings, *COLUMNS]) + " |",
+        "| --- |" + " ---: |" * (len(headings) + len(COLUMNS) - 1),
+    ]
+    for name, result in models.items():
+        lines.append(_row([name, "-", "-", "-"], [result["points"][0]["summary"]], target_utility))
+    chosen = []
+    for name, results in methods.items():
+        steps = {"best": best_step(results, target_utility), "last": results[0]["points"][-1]["step"]}
+        for which, step in steps.items():
+            summaries = [at(one, step)["summary"] for one in results]
+            score = fmean(strength(one, target_utility) for one in summaries)
+            head = [f"{name}, {which} step", f"{results[0]['run']['learning_rate']:g}", str(step), str(len(results))]
+            chosen.append((which, -score, _row(head, summaries, target_utility)))
+    return "\n".join([*lines, *(row for *_, row in sorted(chosen))]) + "\n"
+
+
+def _row(head: list[str], summaries: Sequence[Mapping[str, float]], target_utility: float) -> str:
+    utilities = [one["model_utility"] for one in summaries]
+    cells = [
+        _cell([one["forget_quality"] for one in summaries], "{:.2g}", median),
+        _cell(utilities, "{:.3f}", fmean),
+        _cell([utility / target_utility for utility in utilities], "{:.3f}", fmean),
+    ]
+    for column in COLUMNS.values():
+        # A retain-only model's own log has no PrivLeak.
+        cells.append(_cell([one[column] for one in summaries], "{:.3f}", fmean) if column in summaries[0] else "-")
+    return "| " + " | ".join([*head, *cells]) + " |"
+
+
+def _cell(values: Sequence[float], form: str, middle) -> str:
+    shown = form.format(middle(values))
+    if len(values) == 1:
+        return shown
+    return f"{shown} ({form.format(min(values))} to {form.format(max(values))})"

@@ -1,0 +1,198 @@
+"""`rfa-llm benchmark`: RFA and its rivals on the same model, sets and budget; resumes, and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import concatenate_datasets
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import TrlParser
+
+from rfa_llm.benchmark import Run, best_learning_rate, draw, run_name, score_model, table, train_and_score
+from rfa_llm.blocks import num_blocks, placed
+from rfa_llm.cli.demo import DemoArguments, make_models
+from rfa_llm.cli.evaluate import load_question_sets
+from rfa_llm.cli.finetune import FinetuneConfig, finetune
+from rfa_llm.cli.main import USAGE
+from rfa_llm.data.formats import load_rows
+from rfa_llm.data.tofu import load_tofu
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is compared on what. Methods are given in a YAML file (`--config`)."""
+
+    output_dir: str = field(
+        default="benchmark-run", metadata={"help": "Folder of models, checkpoints, logs and adapters."}
+    )
+    results_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the results: a JSON file a run, the table, the picture. Default: in output_dir."},
+    )
+    methods: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Name -> settings: `trainer` (rfa or a rival), optionally `learning_rates` of its own, and fields "
+            "of RFAConfig or RivalConfig."
+        },
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "Every method tries each of them, on the first seed."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "The best learning rate runs on the others of these too."}
+    )
+    only: list[str] | None = field(default=None, metadata={"help": "Methods to run now; by default all."})
+    max_steps: int = field(default=60, metadata={"help": "Steps of each run."})
+    points: int = field(default=5, metadata={"help": "Times that each run is scored; a divisor of max_steps."})
+    training: dict | None = field(
+        default=None, metadata={"help": "Settings of every run, such as per_device_train_batch_size."}
+    )
+    demo_models: bool = field(
+        default=False, metadata={"help": "Make up the authors and train the models as `rfa-llm demo` does."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with TOFU, or sets like it, as JSON Lines."})
+    facts_dir: str | None = field(
+        default=None, metadata={"help": "Folder of real authors and world facts, where it is not data_dir."}
+    )
+    forget_config: str = field(default="forget", metadata={"help": "The forget set of data_dir."})
+    retain_config: str = field(default="retain", metadata={"help": "The retain set."})
+    full_config: str = field(default="full", metadata={"help": "Both of them, for the target."})
+    forget_perturbed_config: str = field(
+        default="forget_perturbed", metadata={"help": "The forget set's questions with paraphrases and wrong answers."}
+    )
+    retain_perturbed_config: str = field(default="retain_perturbed", metadata={"help": "The retain set's, likewise."})
+    holdout_dataset: str | None = field(
+        default=None, metadata={"help": "Questions and answers that no model saw, for the membership attacks."}
+    )
+    target_model: str | None = field(
+        default=None, metadata={"help": "Model that has to forget. Default: models/target in output_dir."}
+    )
+    retain_model: str | None = field(
+        default=None, metadata={"help": "Its retain-only twin. Default: models/retain in output_dir."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "What target and retain-only are fine-tuned from where they are missing."}
+    )
+    finetuning: dict | None = field(
+        default=None, metadata={"help": "Settings of that fine-tuning, fields of `rfa-llm finetune`'s recipe."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Answers scored at a time."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+
+    def __post_init__(self):
+        if not self.methods:
+            raise ValueError("methods: none is given; name them with their settings in the file of --config.")
+        for name, settings in self.methods.items():
+            if not isinstance(settings, dict) or "trainer" not in settings:
+                raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
+        unknown = sorted(set(self.only or ()) - set(self.methods))
+        if unknown:
+            raise ValueError(f"only: {unknown} are not among the methods {list(self.methods)}; name some of those.")
+        if self.points < 1 or self.max_steps < 1 or self.max_steps % self.points:
+            raise ValueError(
+                f"points: {self.points} does not divide max_steps={self.max_steps}; give numbers that do."
+            )
+        if not self.learning_rates or not self.seeds:
+            raise ValueError("learning_rates, seeds: both need at least one number.")
+        if not self.demo_models and self.data_dir is None:
+            raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
+
+
+def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, str]:
+    """Paths of the target and its retain-only twin, fine-tuned from the base where they are missing."""
+    if args.demo_models:
+        if not (folder / "models" / "retain" / "config.json").exists():
+            make_models(DemoArguments(use_cpu=args.use_cpu), folder / "models")
+        return str(folder / "models" / "target"), str(folder / "models" / "retain")
+    paths = []
+    for given, name, rows in (
+        (args.target_model, "target", args.full_config),
+        (args.retain_model, "retain", args.retain_config),
+    ):
+        path = Path(given or folder / "models" / name)
+        if given is None and not (path / "config.json").exists():
+            if args.base_model is None:
+                raise ValueError(
+                    f"base_model: {path} is missing and there is nothing to fine-tune it from; give base_model, or "
+                    "target_model and retain_model."
+                )
+            print(f"\nFine-tuning {args.base_model} on {rows} ({path})", flush=True)
+            set_seed(0)
+            model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+            lora = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
+            model = get_peft_model(model, placed(lora, model, num_blocks(model.config) - 1))
+            recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
+            recipe = FinetuneConfig(output_dir=str(path), **recipe)
+            finetune(model, tokenizer, load_tofu(rows, args.data_dir), recipe)
+            tokenizer.save_pretrained(path)
+            model.merge_and_unload().save_pretrained(path)
+        paths.append(str(path))
+    return tuple(paths)
+
+
+def benchmark(args: BenchmarkArguments) -> str:
+    """Run what is missing, write the table and the picture, and return the table."""
+    folder = Path(args.output_dir)
+    results = Path(args.results_dir or folder / "results")
+    target, retain_only = make_missing_models(args, folder)
+    data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
+    sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
+    if args.holdout_dataset is not None:
+        sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset")
+    forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
+    if args.demo_models:
+        retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
+    scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+
+    retain_log = folder / "logs" / "retain-only.json"
+    score_model("retain-only", retain_only, sets, results / "retain-only.json", retain_log, scoring)
+    scoring["retain_log"] = retain_log
+    score_model("target", target, sets, results / "target.json", folder / "logs" / "target.json", scoring)
+    models = {name: _read(results / f"{name}.json") for name in ("target", "retain-only")}
+    models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
+    utility = models["target"]["points"][0]["summary"]["model_utility"]
+    if utility == 0:
+        raise ValueError(
+            f"target_model: {target!r} has a model utility of 0, so nothing compares with it (one of its scores is "
+            f"0, see {results / 'target.json'}); give a better model, or sets that it knows."
+        )
+
+    def run(name: str, settings: dict, learning_rate: float, seed: int) -> dict:
+        settings = {**(args.training or {}), "use_cpu": args.use_cpu, **settings}
+        one = Run(name, settings, learning_rate, seed, args.max_steps, args.points)
+        file = results / f"{run_name(one)}.json"
+        print(f"\n{run_name(one)}{' (done)' if file.exists() else ''}", flush=True)
+        train_and_score(one, target, forget, retain, sets, file, folder / "runs" / run_name(one), scoring)
+        return _read(file)
+
+    methods: dict[str, list[dict]] = {}
+    for name, settings in args.methods.items():
+        settings = dict(settings)
+        learning_rates = settings.pop("learning_rates", args.learning_rates)
+        if args.only and name not in args.only:
+            continue
+        tried = [run(name, settings, learning_rate, args.seeds[0]) for learning_rate in learning_rates]
+        best = best_learning_rate(tried, utility)
+        methods[name] = [one for one in tried if one["run"]["learning_rate"] == best]
+        methods[name] += [run(name, settings, best, seed) for seed in args.seeds[1:]]
+
+    text = table(models, methods)
+    (results / "table.md").write_text(text, encoding="utf-8")
+    draw(models, methods, results / "picture.svg")
+    print(f"\n{text}\nResults, table.md and picture.svg are in {results}.")
+    return text
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def main(argv: list[str]) -> None:
+    (args,) = TrlParser((BenchmarkArguments,), prog="rfa-llm benchmark", usage=USAGE).parse_args_and_config(argv)
+    benchmark(args)

@@ -1,0 +1,17 @@
+"""The Trainer's progress bar without the numbers of every log."""
+
+from __future__ import annotations
+
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+
+class _Bar(ProgressCallback):
+    def on_log(self, *args, **kwargs):
+        pass
+
+
+def bar_alone(trainer: Trainer) -> None:
+    """Let a trainer show its bar, and print no logs; they stay in `trainer.state.log_history`."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+from statistics import fmean, harmonic_mean
+
+import pytest
+from conftest import tiny_llama, tiny_rows, tiny_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rfa_llm.benchmark import Run, best_learning_rate, runs, score_model, table, train_and_score
+from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark
+from rfa_llm.cli.evaluate import load_question_sets
+from rfa_llm.data.tofu import load_tofu
+from rfa_llm.evaluation import evaluate_tofu, summary
+
+METHODS = {"rfa": {"trainer": "rfa", "alpha": 2.0}, "mine": {"trainer": "npo", "learning_rates": [1e-2]}}
+SETTINGS = {
+    "methods": METHODS,
+    "learning_rates": [1e-3, 1e-2],
+    "seeds": [0, 3],
+    "max_steps": 4,
+    "points": 2,
+    "training": {"per_device_train_batch_size": 2},
+    # Enough for some right answers on every set; otherwise the utility were 0.
+    "finetuning": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
+    "max_new_tokens": 4,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, and questions in TOFU's format."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    tiny_llama().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    (folder / "data").mkdir()
+
+    def write(name: str, rows: list[dict]) -> None:
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / "data" / f"{name}.jsonl").write_text(text)
+
+    sets = {"forget": list(tiny_rows(6, first=0)), "retain": list(tiny_rows(8, first=20))}
+    facts = {"real_authors": list(tiny_rows(3, first=40)), "world_facts": list(tiny_rows(3, first=50))}
+    sets["retain"] += facts["real_authors"] + facts["world_facts"]
+    write("full", sets["forget"] + sets["retain"])
+    for name, rows in {**sets, **facts}.items():
+        write(name, rows)
+        wrong = [
+            {**row, "paraphrased_answer": f"{row['answer']} w1", "perturbed_answer": ["w2 w3", "w4"]} for row in rows
+        ]
+        write(f"{name}_perturbed", wrong)
+    return folder
+
+
+def arguments(folder, output_dir, **changes) -> BenchmarkArguments:
+    paths = {"output_dir": str(output_dir), "data_dir": str(folder / "data"), "base_model": str(folder / "base")}
+    return BenchmarkArguments(**{**SETTINGS, **paths, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    benchmark(arguments(folder, folder / "out"))
+    return folder / "out"
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def question_sets(folder):
+    return load_question_sets(str(folder / "data"), None, "forget_perturbed", "retain_perturbed")
+
+
+def test_every_learning_rate_runs_on_the_first_seed_and_the_best_on_the_others(finished):
+    results = finished / "results"
+    utility = read(results / "target.json")["points"][0]["summary"]["model_utility"]
+    best = best_learning_rate([read(results / f"rfa_lr{rate:g}_seed0.json") for rate in (1e-3, 1e-2)], utility)
+    names = {file.stem for file in results.glob("*.json")}
+    runs_of_rfa = {"rfa_lr0.001_seed0", "rfa_lr0.01_seed0", f"rfa_lr{best:g}_seed3"}
+    assert names == {"target", "retain-only", *runs_of_rfa, "mine_lr0.01_seed0", "mine_lr0.01_seed3"}
+    assert (results / "table.md").exists()
+    picture = (results / "picture.svg").read_text()
+    assert all(f">{text}</text>" in picture for text in ("rfa", "mine", "target", "retain-only"))
+
+
+def test_a_result_is_what_the_saved_adapter_scores(finished, folder):
+    result = read(finished / "results" / "mine_lr0.01_seed3.json")
+    assert [point["step"] for point in result["points"]] == [2, 4]
+    assert result["points"][0]["summary"] != result["points"][1]["summary"]
+    base = AutoModelForCausalLM.from_pretrained(finished / "models" / "target")
+    model = PeftModel.from_pretrained(base, finished / "runs" / "mine_lr0.01_seed3")
+    log = evaluate_tofu(
+        model,
+        tiny_tokenizer(),
+        question_sets(folder),
+        retain_log=finished / "logs" / "retain-only.json",
+        max_new_tokens=4,
+    )
+    assert result["points"][1]["summary"] == pytest.approx(summary(log), abs=1e-6)
+    assert not list((finished / "runs").glob("*/checkpoint-*"))
+    # What is committed of a run tells none of the questions.
+    assert load_tofu("forget", str(folder / "data"))[0]["question"] not in json.dumps(result)
+
+
+def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, folder):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.json")}
+    benchmark(arguments(folder, finished))
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    other = {"methods": {"rfa": {"trainer": "rfa", "alpha": 3.0}}}
+    with pytest.raises(ValueError, match="rfa_lr0.001_seed0.json is of the settings .*'alpha': 2.0.* not .*3.0"):
+        benchmark(arguments(folder, finished, **other))
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 1])
+def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
+    run = Run("rfa", {"trainer": "rfa", "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2)
+    data = str(folder / "data")
+    more = {
+        "model": str(finished / "models" / "target"),
+        "forget": load_tofu("forget", data),
+        "retain": load_tofu("retain", data),
+        "sets": question_sets(folder),
+        "scoring": {"max_new_tokens": 4},
+    }
+    train_and_score(run, result=tmp_path / "whole.json", folder=tmp_path / "whole", **more)
+
+    points = []
+
+    def killed(*args, **kwargs):
+        points.append(None)
+        if len(points) == interrupted_at + 1:
+            raise KeyboardInterrupt
+        return evaluate_tofu(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "evaluate_tofu", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_score(run, result=tmp_path / "part.json", folder=tmp_path / "part", **more)
+    assert not (tmp_path / "part.json").exists()
+    train_and_score(run, result=tmp_path / "part.json", folder=tmp_path / "part", **more)
+    # The interrupted scoring is made up for; no other is repeated.
+    assert len(points) == 3
+    assert read(tmp_path / "part.json")["points"] == read(tmp_path / "whole.json")["points"]
+
+
+def result(rate: float, seed: int, qualities: list[float], utilities: list[float]) -> dict:
+    points = [
+        {"step": 5 * (i + 1), "summary": {**SUMMARY, "forget_quality": quality, "model_utility": utility}}
+        for i, (quality, utility) in enumerate(zip(qualities, utilities, strict=True))
+    ]
+    return {"method": "rfa", "run": {"learning_rate": rate, "seed": seed}, "points": points}
+
+
+SUMMARY = {
+    "forget_prob": 0.5,
+    "forget_truth_ratio": 0.25,
+    "forget_rouge": 0.125,
+    "extraction_strength": 0.0625,
+    "repetition_4": 0.0,
+}
+MODELS = {"target": result(0, 0, [1e-9], [0.5]), "retain-only": result(0, 0, [1.0], [0.5])}
+
+
+def test_the_best_learning_rate_is_that_of_the_best_point():
+    early = result(1e-3, 0, [0.9, 0.0], [0.5, 0.5])
+    late = result(1e-2, 0, [0.5, 0.5], [0.5, 0.5])
+    # Utility above the target's does not make up for forget quality.
+    rich = result(1e-1, 0, [0.5, 0.5], [1.0, 1.0])
+    assert best_learning_rate([early, late, rich], 0.5) == 1e-3
+
+
+def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
+    method = [
+        result(1e-3, 0, [0.5, 0.1], [0.5, 0.4]),
+        result(1e-3, 1, [0.7, 0.3], [0.4, 0.5]),
+        result(1e-3, 2, [0.2, 0.2], [0.45, 0.3]),
+    ]
+    lines = table(MODELS, {"rfa": method}).splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[2:]}
+    assert cells["| rfa, best step"][1:7] == [
+        "0.001",
+        "5",
+        "3",
+        "0.5 (0.2 to 0.7)",
+        "0.450 (0.400 to 0.500)",
+        "0.900 (0.800 to 1.000)",
+    ]
+    assert cells["| rfa, last step"][4] == "0.2 (0.1 to 0.3)"
+    assert cells["| target"][4:7] == ["1e-09", "0.500", "1.000"]
+    at_best = fmean(harmonic_mean(pair) for pair in ((0.5, 1.0), (0.7, 0.8), (0.2, 0.9)))
+    at_last = fmean(harmonic_mean(pair) for pair in ((0.1, 0.8), (0.3, 1.0), (0.2, 0.6)))
+    assert at_best > at_last
+
+
+def test_target_and_retain_only_are_scored_once(finished, folder):
+    file = finished / "results" / "target.json"
+    before = file.stat().st_mtime_ns
+    log = finished / "logs" / "target.json"
+    score_model("target", "nowhere", {}, file, log, {})
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": None}, "methods: none is given"),
+        ({"methods": {"rfa": {"alpha": 1.0}}}, "methods: 'rfa' is .* give it a `trainer`"),
+        ({"only": ["nop"]}, r"only: \['nop'\] are not among the methods"),
+        ({"points": 3}, "points: 3 does not divide max_steps=4"),
+        ({"seeds": []}, "learning_rates, seeds: both need at least one"),
+        ({"data_dir": None}, "data_dir: no data is given"),
+    ],
+)
+def test_bad_arguments_are_refused(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(folder, tmp_path, **changes)
+
+
+def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="base_model: .*target is missing"):
+        benchmark(arguments(folder, tmp_path, base_model=None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_trainer_is_refused(finished, folder):
+    with pytest.raises(ValueError, match="trainer: 'npoo' is not known; use 'rfa' or one of"):
+        benchmark(arguments(folder, finished, methods={"x": {"trainer": "npoo"}}))
