@@ -1,9 +1,12 @@
 """The subcommands on a tiny model: recipes, results on disk, and how bad input ends."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -11,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rfa_llm.cli import evaluate, finetune, unlearn
+from rfa_llm.cli.launch import launch
 from rfa_llm.cli.main import run
 from rfa_llm.evaluation import read_log, summary
 
@@ -113,3 +117,50 @@ def test_a_missing_model_is_named(command):
     module = {"unlearn": unlearn, "evaluate": evaluate}[command]
     with pytest.raises(ValueError, match="model_name_or_path: no model is given"):
         module.main(["--output_dir", "x"] if command == "unlearn" else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ddp_cpu", "--num_processes", "0"], "^num_processes: '0' is no number of processes; give 1 or more"),
+        (["ddp_cpu", "--num_processes", "-1"], "^num_processes: '-1' is no number"),
+        (["ddp_cpu", "--num_processes", "two"], "^num_processes: 'two' is no number"),
+        (["single_cpu", "--num_processes", "2"], "^num_processes: 2, but accelerate_config 'single_cpu' runs one"),
+        (["single", "--num_processes", "4"], "^num_processes: 4, but accelerate_config 'single' runs one"),
+        (["configs/unlearn.yaml"], "^accelerate_config: 'configs/unlearn.yaml' names no distributed_type"),
+        (["LICENSE"], "^accelerate_config: 'LICENSE' is no YAML; give a file"),
+    ],
+)
+def test_a_launch_that_cannot_be_meant_starts_no_process(words, sentence, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(ValueError, match=sentence):
+        launch(["--accelerate_config", *words])
+
+
+@pytest.mark.parametrize("mode", ["single_cpu", "ddp_cpu"])
+def test_a_launch_that_fails_ends_with_sentences_and_no_traceback(mode, tmp_path):
+    words = ("--model_name_or_path", "x", "--output_dir", str(tmp_path / "adapter"), "--forget_dataset", "no.jsonl")
+    result = cli("unlearn", "--accelerate_config", mode, *words)
+    assert result.returncode == 1
+    assert "rfa-llm: error: forget_dataset is 'no.jsonl', but there is no such file; give" in result.stderr
+    assert result.stderr.endswith(" ended with exit code 1, and the run with it; what it said itself is above.\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_terminal_that_closes_ends_the_launched_process_too(saved_llama, data_dir, tmp_path):
+    out = tmp_path / "adapter"
+    words = ["--model_name_or_path", saved_llama, "--output_dir", str(out), "--max_steps", "100000"]
+    words += ["--forget_dataset", str(data_dir / "forget.jsonl"), "--retain_dataset", str(data_dir / "retain.jsonl")]
+    words += ["--report_to", "none", "--shift", "negate", "--save_steps", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rfa_llm.cli.main", "unlearn", "--accelerate_config", "single_cpu", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-1").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) != 0
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]

@@ -26,7 +26,7 @@ def launch(argv: list[str]) -> bool:
         `False`, with nothing done, without `--accelerate_config`; `True` when the run has ended well.
 
     Raises:
-        ValueError: There is no such configuration.
+        ValueError: There is no such configuration, or no such number of processes.
         SystemExit: The run failed; with its exit code.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -47,9 +47,16 @@ def launch(argv: list[str]) -> bool:
         )
     # torch's launcher leaves its log folders behind, in TMPDIR.
     with source as config, TemporaryDirectory() as temporary:
-        settings = yaml.safe_load(config.read_text()) or {}
+        mend = f"give a file that `accelerate config` wrote, or one of {', '.join(known)}"
+        try:
+            settings = yaml.safe_load(config.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"accelerate_config: {own.accelerate_config!r} is no YAML; {mend}.") from error
+        if not isinstance(settings, dict) or "distributed_type" not in settings:
+            raise ValueError(f"accelerate_config: {own.accelerate_config!r} names no distributed_type; {mend}.")
         words = ["--config_file", str(config)]
         if own.num_processes is not None:
+            _check_num_processes(own.num_processes, own.accelerate_config, settings)
             words += ["--num_processes", own.num_processes]
         environment = {**os.environ, "TMPDIR": temporary}
         if settings.get("use_cpu"):
@@ -62,13 +69,55 @@ def launch(argv: list[str]) -> bool:
         module = ["--module", "rfa_llm.cli.main", "unlearn"]
         # In a group of its own, so that a signal to this process reaches all of them, once.
         process = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *words, *module, *rest],
+            [sys.executable, "-m", "rfa_llm.cli.launch", *words, *module, *rest],
             env=environment,
             start_new_session=True,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, frame: os.killpg(process.pid, received))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has a run outlive its terminal.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda received, frame: os.killpg(process.pid, received))
         code = process.wait()
     if code != 0:
         sys.exit(code)
     return True
+
+
+def _check_num_processes(number: str, name: str, settings: dict) -> None:
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"num_processes: {number!r} is no number of processes; give 1 or more.")
+    # accelerate would start one, without a word.
+    if settings["distributed_type"] in ("NO", False) and int(number) > 1:
+        raise ValueError(
+            f"num_processes: {number}, but accelerate_config {name!r} runs one process; give another one, such as ddp "
+            "or ddp_cpu, or leave num_processes out."
+        )
+
+
+def main() -> None:
+    """`accelerate launch`, which ends with a sentence instead of its own traceback when a process fails."""
+    # Here, because `rfa-llm --help` reads this file too and should not wait for torch.
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _fail(rank, failure.exitcode)
+    except subprocess.CalledProcessError as error:
+        _fail(0, error.returncode)
+    except SignalException as error:
+        sys.exit(f"rfa-llm: error: {signal.Signals(error.sigval).name} has ended the run.")
+    except ValueError as error:
+        sys.exit(f"rfa-llm: error: accelerate_config: {error}")
+
+
+def _fail(rank: int, code: int) -> None:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    sys.exit(f"rfa-llm: error: process {rank} ended with {how}, and the run with it; what it said itself is above.")
+
+
+if __name__ == "__main__":
+    main()
