@@ -1,13 +1,14 @@
 """`rfa-llm merge`: the merged weights and figures by hand, what is refused, and that refusing leaves nothing."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import perturb, tiny_llama, tiny_lora, tiny_rows
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -225,6 +226,66 @@ def test_an_adapter_that_does_not_name_its_base_is_told_so(arguments, adapter):
     config.save_pretrained(adapter)
     with pytest.raises(ValueError, match="^model_name_or_path: the adapter .* does not name its base; pass the id"):
         merge(arguments())
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ({"hidden_size": 32}, r"does not fit .*\(size mismatch for .*\); pass the model that it was trained on"),
+        ({"num_hidden_layers": 1}, r"does not fit .*\(14 weights too many, 0 too few\); pass the model that"),
+        ({"num_hidden_layers": 3}, r"does not fit .*\(0 weights too many, 14 too few\); pass the model that"),
+    ],
+)
+def test_an_adapter_of_a_base_of_another_shape(base, sentence, arguments, adapter, tmp_path, tokenizer):
+    """peft itself would take what fits, and merged and unmerged would agree."""
+    config = PeftConfig.from_pretrained(adapter)
+    config.layers_to_transform = config.layers_pattern = None
+    config.save_pretrained(adapter)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    tiny_llama(**{**sizes, **base}).save_pretrained(tmp_path / "another")
+    tokenizer.save_pretrained(tmp_path / "another")
+    with pytest.raises(ValueError, match=f"^model_name_or_path: the adapter {adapter!r} {sentence}"):
+        merge(arguments(model_name_or_path=str(tmp_path / "another")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_an_adapter(arguments, adapter):
+    with pytest.raises(ValueError, match=f"^model_name_or_path: {adapter!r} is an adapter itself; pass the model"):
+        merge(arguments(model_name_or_path=adapter))
+
+
+def test_a_base_that_has_moved(arguments, saved_llama):
+    Path(saved_llama).rename(f"{saved_llama}-moved")
+    with pytest.raises(
+        ValueError, match=f"^model_name_or_path: no tokenizer can be loaded from .*{saved_llama}'.*path"
+    ):
+        merge(arguments())
+    merge(arguments(model_name_or_path=f"{saved_llama}-moved"))
+
+
+def test_a_link_is_no_place_for_a_model(arguments, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(ValueError, match="^output_dir: '.*link' is a link or a mount point.*choose a folder below it"):
+        merge(arguments(output_dir=str(tmp_path / "link")))
+
+
+def test_weights_that_are_cut_short(arguments, adapter):
+    weights = Path(adapter) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="^adapter_name_or_path: '.*adapter' is no adapter .*pass the folder"):
+        merge(arguments())
+
+
+def test_an_adapter_that_is_no_sum_of_weights(arguments, saved_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
+    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        tmp_path / "prompt"
+    )
+    with pytest.raises(
+        ValueError, match="^adapter_name_or_path: .* is of the type PROMPT_TUNING.*pass a LoRA adapter"
+    ):
+        merge(arguments(adapter_name_or_path=str(tmp_path / "prompt")))
 
 
 def test_the_command_prints_the_figures(arguments, adapter, capsys):

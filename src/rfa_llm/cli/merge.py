@@ -10,7 +10,9 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -91,9 +93,8 @@ def merge(args: MergeArguments) -> dict[str, float]:
         `kl_mean` and `kl_largest`, in nats, and `positions`, how many they were taken over.
 
     Raises:
-        ValueError: Bad input, or the mean divergence is above `args.max_kl` (or not a number) without
-            `args.save_anyway`. Nothing has been saved then.
-        OSError: The base cannot be found.
+        ValueError: Bad input, a base that cannot be found or that the adapter does not fit, or the mean divergence is
+            above `args.max_kl` (or not a number) without `args.save_anyway`. Nothing has been saved then.
     """
     if args.adapter_name_or_path is None:
         raise ValueError("adapter_name_or_path: no adapter is given; pass its folder or a Hub id.")
@@ -102,21 +103,43 @@ def merge(args: MergeArguments) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise ValueError(f"output_dir: {args.output_dir!r} is there already; choose a new or an empty folder.")
+    if output_dir.is_symlink() or output_dir.is_mount():
+        raise ValueError(
+            f"output_dir: {args.output_dir!r} is a link or a mount point, which no whole model can take the place of; "
+            "choose a folder below it."
+        )
     try:
         adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
-    except ValueError as error:
+        weights = load_peft_weights(args.adapter_name_or_path, device="cpu")
+    except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"adapter_name_or_path: {args.adapter_name_or_path!r} is no adapter ({error}); pass the folder that "
             "`rfa-llm unlearn` wrote, or a Hub id."
         ) from error
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"adapter_name_or_path: {args.adapter_name_or_path!r} is of the type {adapter.peft_type.value}, which has "
+            "no place in the base's weights; pass a LoRA adapter."
+        )
     base_name = args.model_name_or_path or adapter.base_model_name_or_path
     if not base_name:
         raise ValueError(
             f"model_name_or_path: the adapter {args.adapter_name_or_path!r} does not name its base; pass the id or "
             "path of the model that it was trained on."
         )
+    if (Path(base_name) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"model_name_or_path: {base_name!r} is an adapter itself; pass the model that "
+            f"{args.adapter_name_or_path!r} was trained on."
+        )
     rows = load_rows(args.sample_dataset, "sample_dataset", args.sample_config, args.dataset_split)
-    tokenizer = AutoTokenizer.from_pretrained(base_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_name)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"model_name_or_path: no tokenizer can be loaded from the base {base_name!r} ({error}); pass the base's "
+            "id, or its path as seen from here."
+        ) from error
     check_tokenizer(tokenizer)
     rows = rows.select(range(min(args.sample_rows, len(rows))))
     sequences = prepare(rows, tokenizer, "sample_dataset", args.max_length)["input_ids"][:]
@@ -139,7 +162,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
     )
     base_dtype = model.dtype
     dtype = base_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = PeftModel.from_pretrained(model, args.adapter_name_or_path)
+    model = on_its_base(model, args.adapter_name_or_path, weights)
     adapter_logits = list(next_token_logits(model, sequences))
 
     # peft adds float32 products to the weights in place, so the wider of the two dtypes leaves one rounding.
@@ -174,6 +197,31 @@ def merge(args: MergeArguments) -> dict[str, float]:
             output_dir.rmdir()
         folder.rename(output_dir)
     return figures
+
+
+def on_its_base(model: PreTrainedModel, adapter: str, weights: dict[str, torch.Tensor]) -> PeftModel:
+    """The model with the adapter on; one whose weights are of other places or sizes is refused.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    try:
+        model = PeftModel.from_pretrained(model, adapter)
+        # peft itself takes what fits, leaves the rest out, and says nothing.
+        loaded = set_peft_model_state_dict(model, weights)
+        missing = [name for name in loaded.missing_keys if model.base_model.prefix in name]
+        wrong = f"{len(loaded.unexpected_keys)} weights too many, {len(missing)} too few"
+        fits = not loaded.unexpected_keys and not missing
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        fits, wrong = False, str(error).splitlines()[-1].strip()
+    if not fits:
+        raise ValueError(
+            f"model_name_or_path: the adapter {adapter!r} does not fit {model.name_or_path!r} ({wrong}); pass the "
+            "model that it was trained on."
+        )
+    return model
 
 
 def in_full_precision(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
