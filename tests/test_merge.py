@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rfa_llm.blocks import num_blocks, placed
 from rfa_llm.cli import merge as merge_cli
+from rfa_llm.cli import unlearn
 from rfa_llm.cli.main import COMMANDS
 from rfa_llm.cli.merge import MergeArguments, merge
 from rfa_llm.data.formats import encode
@@ -286,6 +288,31 @@ def test_an_adapter_that_is_no_sum_of_weights(arguments, saved_llama, tmp_path):
         ValueError, match="^adapter_name_or_path: .* is of the type PROMPT_TUNING.*pass a LoRA adapter"
     ):
         merge(arguments(adapter_name_or_path=str(tmp_path / "prompt")))
+
+
+def test_the_base_is_the_revision_that_the_adapter_was_trained_on(
+    arguments, saved_llama, tmp_path, tokenizer, monkeypatch
+):
+    """A Hub cache of two revisions, of which `main` has one block more and would be refused."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--us--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for name, commit, layers in (("main", "a" * 40, 3), ("old", "b" * 40, 2)):
+        (repo / "refs" / name).write_text(commit)
+        tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=layers).save_pretrained(
+            repo / "snapshots" / commit
+        )
+        tokenizer.save_pretrained(repo / "snapshots" / commit)
+    tiny_rows(6, first=0).to_json(tmp_path / "forget.jsonl")
+    tiny_rows(6, first=20).to_json(tmp_path / "retain.jsonl")
+    unlearn.main(
+        ["--model_name_or_path", "us/tiny", "--model_revision", "old", "--output_dir", str(tmp_path / "unlearned")]
+        + ["--forget_dataset", str(tmp_path / "forget.jsonl"), "--retain_dataset", str(tmp_path / "retain.jsonl")]
+        + ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--lora_r", "4", "--save_strategy", "no"]
+    )
+    args = arguments(adapter_name_or_path=str(tmp_path / "unlearned"))
+    merge(args)
+    assert AutoModelForCausalLM.from_pretrained(args.output_dir).config.num_hidden_layers == 2
 
 
 def test_the_command_prints_the_figures(arguments, adapter, capsys):

@@ -132,9 +132,11 @@ def merge(args: MergeArguments) -> dict[str, float]:
             f"model_name_or_path: {base_name!r} is an adapter itself; pass the model that "
             f"{args.adapter_name_or_path!r} was trained on."
         )
+    # As `rfa-llm unlearn --model_revision` wrote it into the adapter.
+    source = {"revision": adapter.revision or "main"}
     rows = load_rows(args.sample_dataset, "sample_dataset", args.sample_config, args.dataset_split)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_name)
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **source)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"model_name_or_path: no tokenizer can be loaded from the base {base_name!r} ({error}); pass the base's "
@@ -156,6 +158,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
     placement = {"device_map": {"": PartialState(cpu=args.use_cpu).device}}
     model = AutoModelForCausalLM.from_pretrained(
         base_name,
+        **source,
         dtype=trained.dtype,
         **placement,
         **({"quantization_config": quantization} if quantization else {}),
@@ -174,7 +177,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
         folder = Path(temporary) / "model"
         model.save_pretrained(folder)
         # As it is: `check_tokenizer` may have given the other one a pad token.
-        AutoTokenizer.from_pretrained(base_name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base_name, **source).save_pretrained(folder)
         # Two models never share the memory.
         del model
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **placement)

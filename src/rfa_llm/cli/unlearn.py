@@ -77,6 +77,9 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    peft_config = get_peft_config(model_args)
+    # peft's own place for it: the adapter names its base whole.
+    peft_config.revision = training_args.model_init_kwargs["revision"]
     trainer = RFATrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -86,7 +89,7 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         retain_dataset=load_rows(
             data_args.retain_dataset, "retain_dataset", data_args.retain_config, data_args.dataset_split
         ),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
     )
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
