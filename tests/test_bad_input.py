@@ -216,6 +216,12 @@ def test_an_output_dir_that_holds_an_adapter(make_trainer, tmp_path):
     make_trainer({"overwrite_output_dir": True})
 
 
+def test_an_output_dir_that_is_a_file(make_trainer, tmp_path):
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(ValueError, match="^output_dir: .*note' is a file"):
+        make_trainer({"output_dir": str(tmp_path / "note")})
+
+
 def test_a_refused_call_leaves_nothing_behind(tokenizer, forget, retain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = RFAConfig(output_dir="adapter", shift="negate", blocks=[9], use_cpu=True)
@@ -288,6 +294,7 @@ def test_a_loss_that_is_never_finite(make_trainer):
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: 5.0"),
         ({"save_only_model": True}, "save_strategy, save_only_model: .* would leave no checkpoint"),
+        ({"num_train_epochs": 0}, "num_train_epochs: 0 trains nothing"),
         ({"eval_strategy": "epoch"}, "eval_strategy: .*epoch.* has no evaluation set"),
     ],
 )

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from conftest import tiny_llama, tiny_lora
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rfa_llm.cli import evaluate, finetune, unlearn
@@ -73,6 +74,19 @@ def test_evaluate_writes_a_log_that_serves_as_reference(saved_llama, data_dir, t
     evaluate.main([*words, "--output_file", str(second), "--retain_log", str(first)])
     assert summary(read_log(second))["forget_quality"] == 1.0
     assert "forget_quality" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_an_adapter_of_another_model(saved_llama, data_dir, tmp_path):
+    # peft would take the two blocks that fit, and say nothing of the others.
+    shallow = tiny_llama(num_hidden_layers=2)
+    get_peft_model(shallow, tiny_lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    words = ["--model_name_or_path", saved_llama, "--data_dir", str(data_dir), "--use_cpu", "true"]
+    words += ["--forget_config", "forget_perturbed", "--adapter_name_or_path", str(tmp_path / "adapter")]
+    with pytest.raises(ValueError, match="^model_name_or_path: the adapter .* does not fit .* 4 too few"):
+        evaluate.main([*words, "--output_file", str(tmp_path / "log.json")])
+    with pytest.raises(ValueError, match="^adapter_name_or_path: .* is no adapter"):
+        evaluate.main([*words[:-1], str(data_dir), "--output_file", str(tmp_path / "log.json")])
+    assert not (tmp_path / "log.json").exists()
 
 
 @pytest.mark.parametrize("use_peft", ["true", "false"])

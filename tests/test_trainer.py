@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from rfa_llm import RFAConfig
 from rfa_llm.blocks import lora_placement
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.memory import peak_bytes
@@ -249,6 +250,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, re
         "rows_a_step": ({"gradient_accumulation_steps": 2}, {}),
         "peft_config": ({}, {"peft_config": tiny_lora(lora_alpha=4)}),
         "seed": ({"seed": 7}, {}),
+        # A resumed Trainer would keep the old one and say nothing.
+        "learning_rate": ({"learning_rate": 0.5}, {}),
+        "weight_decay": ({"weight_decay": 0.5}, {}),
+        "bf16": ({"bf16": True}, {}),
     }
     for field, (changed, kwargs) in others.items():
         with pytest.raises(ValueError, match=f"^{field}: .*checkpoint-2' was trained with .* but this run has"):
@@ -256,6 +261,21 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, re
     again = make_trainer({**config, "max_steps": 3})
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
+
+
+def test_a_checkpoint_of_sharded_optimizers_is_refused_without_them(make_trainer, monkeypatch):
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(config)
+    # The state of ZeRO and FSDP lies in files of their own, in the place of which the Trainer would start anew.
+    monkeypatch.setitem(trainer._fingerprint, "launch", "ZeRO-2 on 2 processes")
+    trainer.train()
+    with pytest.raises(ValueError, match="^launch: .* trained with ZeRO-2 on 2 processes, but this run has the whole"):
+        make_trainer(config).train(resume_from_checkpoint=True)
+
+
+def test_resume_from_checkpoint_as_the_command_line_hands_it_over(tmp_path):
+    for text, value in (("true", True), ("false", False), ("some/folder", "some/folder")):
+        assert RFAConfig(output_dir=str(tmp_path), resume_from_checkpoint=text).resume_from_checkpoint == value
 
 
 def test_a_half_written_checkpoint_is_passed_over(make_trainer):

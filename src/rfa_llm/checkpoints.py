@@ -22,6 +22,8 @@ from .unlearning_config import UnlearningConfig
 METHOD_STATE_NAME = "rfa_state.safetensors"
 # Settings of ours that do not change what is learnt.
 FREE = {"overwrite_output_dir", "model_init_kwargs"}
+# Inherited settings that a resumed Trainer would drop without a word: it goes on with the checkpoint's own.
+KEPT = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "bf16", "fp16")
 # Fields of an adapter's configuration that say where it came from, not what it is.
 PLACE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 
@@ -39,6 +41,7 @@ def run_fingerprint(
     peft_config: PeftConfig,
     method: dict[str, str],
     base_model: str,
+    launch: str,
     forget_ids: list,
     retain_ids: list,
 ) -> dict[str, str]:
@@ -49,6 +52,7 @@ def run_fingerprint(
         peft_config: The adapter's.
         method: What the method adds; an entry stands for the setting of the same name.
         base_model: From `base_model_digest`.
+        launch: How the processes share the optimizer, whose state another way of launching would not find.
         forget_ids, retain_ids: Token ids of the two sets' rows.
 
     Returns:
@@ -56,7 +60,7 @@ def run_fingerprint(
     """
     inherited = {field.name for field in fields(TrainingArguments)}
     own = sorted({field.name for field in fields(args)} - inherited - FREE - method.keys())
-    settings = {name: json.dumps(getattr(args, name)) for name in [*own, "seed", "data_seed"]}
+    settings = {name: json.dumps(getattr(args, name)) for name in [*own, *KEPT, "seed", "data_seed"]}
     adapter = {name: value for name, value in peft_config.to_dict().items() if name not in PLACE}
     # Which rows a step sees follows from its number only as long as it sees as many.
     rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -67,6 +71,7 @@ def run_fingerprint(
         **method,
         "peft_config": digest(json.dumps(adapter, sort_keys=True, default=sorted)),
         "rows_a_step": str(rows_a_step),
+        "launch": launch,
         **settings,
     }
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -308,9 +308,18 @@ class UnlearningTrainer(Trainer):
             self._peft_model().active_peft_config,
             self._method_fingerprint(),
             broadcast_object_list(digest)[0],
+            self._launch(),
             forget["input_ids"][:],
             retain["input_ids"][:],
         )
+
+    def _launch(self) -> str:
+        kind, processes = self.accelerator.distributed_type, self.accelerator.num_processes
+        if kind == DistributedType.DEEPSPEED:
+            return f"ZeRO-{self.accelerator.deepspeed_plugin.zero_stage} on {processes} processes"
+        if kind == DistributedType.FSDP:
+            return f"FSDP on {processes} processes"
+        return "the whole model in each process"
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train the adapter.
@@ -402,6 +411,8 @@ def _check_launch(args: UnlearningConfig) -> None:
 
 
 def _check_output_dir(args: UnlearningConfig) -> None:
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"output_dir: {args.output_dir!r} is a file; give the name of a folder.")
     # A finished run puts its adapter at the top; a run to resume has checkpoints below it only.
     done = (Path(args.output_dir) / CONFIG_NAME).exists()
     if done and not args.overwrite_output_dir and not args.resume_from_checkpoint:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
+from rfa_llm.adapters import on_its_base, read_adapter
 from rfa_llm.cli.main import DTYPES, USAGE
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
@@ -85,6 +85,8 @@ def score(args: EvaluateArguments) -> dict:
         )
     if args.gradient_norm and args.holdout_dataset is None:
         raise ValueError("holdout_dataset: gradient_norm is an attack against one, but none is given; give it too.")
+    if args.adapter_name_or_path is not None:
+        read_adapter(args.adapter_name_or_path)
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
@@ -92,7 +94,7 @@ def score(args: EvaluateArguments) -> dict:
         read_retain_truth_ratios(args.retain_log)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     if args.adapter_name_or_path is not None:
-        model = PeftModel.from_pretrained(model, args.adapter_name_or_path)
+        model = on_its_base(model, args.adapter_name_or_path)
     model.to(PartialState(cpu=args.use_cpu).device)
     log = evaluate_tofu(
         model,

@@ -10,14 +10,14 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import TrlParser, get_quantization_config
 
+from rfa_llm.adapters import on_its_base, read_adapter
 from rfa_llm.cli.main import DTYPES, USAGE
 from rfa_llm.cli.unlearn import UnlearnModelConfig
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
@@ -108,19 +108,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
             f"output_dir: {args.output_dir!r} is a link or a mount point, which no whole model can take the place of; "
             "choose a folder below it."
         )
-    try:
-        adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
-        weights = load_peft_weights(args.adapter_name_or_path, device="cpu")
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"adapter_name_or_path: {args.adapter_name_or_path!r} is no adapter ({error}); pass the folder that "
-            "`rfa-llm unlearn` wrote, or a Hub id."
-        ) from error
-    if adapter.is_prompt_learning:
-        raise ValueError(
-            f"adapter_name_or_path: {args.adapter_name_or_path!r} is of the type {adapter.peft_type.value}, which has "
-            "no place in the base's weights; pass a LoRA adapter."
-        )
+    adapter = read_adapter(args.adapter_name_or_path)
     base_name = args.model_name_or_path or adapter.base_model_name_or_path
     if not base_name:
         raise ValueError(
@@ -165,7 +153,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
     )
     base_dtype = model.dtype
     dtype = base_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = on_its_base(model, args.adapter_name_or_path, weights)
+    model = on_its_base(model, args.adapter_name_or_path)
     adapter_logits = list(next_token_logits(model, sequences))
 
     # peft adds float32 products to the weights in place, so the wider of the two dtypes leaves one rounding.
@@ -200,31 +188,6 @@ def merge(args: MergeArguments) -> dict[str, float]:
             output_dir.rmdir()
         folder.rename(output_dir)
     return figures
-
-
-def on_its_base(model: PreTrainedModel, adapter: str, weights: dict[str, torch.Tensor]) -> PeftModel:
-    """The model with the adapter on; one whose weights are of other places or sizes is refused.
-
-    Raises:
-        ValueError: The adapter does not fit the model.
-    """
-    try:
-        model = PeftModel.from_pretrained(model, adapter)
-        # peft itself takes what fits, leaves the rest out, and says nothing.
-        loaded = set_peft_model_state_dict(model, weights)
-        missing = [name for name in loaded.missing_keys if model.base_model.prefix in name]
-        wrong = f"{len(loaded.unexpected_keys)} weights too many, {len(missing)} too few"
-        fits = not loaded.unexpected_keys and not missing
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        fits, wrong = False, str(error).splitlines()[-1].strip()
-    if not fits:
-        raise ValueError(
-            f"model_name_or_path: the adapter {adapter!r} does not fit {model.name_or_path!r} ({wrong}); pass the "
-            "model that it was trained on."
-        )
-    return model
 
 
 def in_full_precision(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
