@@ -18,13 +18,12 @@ ALLOWED = {
     "data": {"data"},
     "evaluation": {"evaluation", "data.formats"},
     "reference": {"blocks", "residuals", "data"},
-    "directions": {"reference"},
     "memory": set(),
     "checkpoints": {"unlearning_config", "memory"},
     "unlearning_trainer": {"blocks", "data", "memory", "checkpoints", "unlearning_config"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
-    "trainer": {"blocks", "residuals", "shifts", "reference", "directions", "config", "unlearning_trainer"},
+    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"},
 }
 
 

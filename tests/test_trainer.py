@@ -157,8 +157,7 @@ def test_training_moves_the_forget_set_alone_and_no_base_weight(shift, make_trai
     model = tiny_llama()
     before = {name: p.detach().clone() for name, p in model.state_dict().items()}
     config = {"shift": shift, "blocks": [1, 3], "max_steps": 60, "per_device_train_batch_size": 6}
-    config |= {"alpha": 1.0, "input_directions": "random"}
-    trainer = make_trainer(config, model=model, peft_config=tiny_lora(r=16, lora_alpha=16))
+    trainer = make_trainer({**config, "alpha": 1.0}, model=model, peft_config=tiny_lora(r=16, lora_alpha=16))
     trainer.train()
     logs = step_logs(trainer)
     assert logs[-1]["loss_forget"] < 0.5 * logs[0]["loss_forget"]
@@ -345,9 +344,7 @@ def test_every_adapted_block_is_trained(given_as, config, make_trainer, saved_ll
     weights = adapter(trainer.model)
     assert len(weights) == 2 * 3 * 7
     assert all(weight.any() for weight in weights.values())
-    # What the adapter reads is found before the training, unless the adapter is the user's own.
-    fixed = {name for name in weights if "lora_A" in name and given_as != "adapted"}
-    assert {name for name in weights if torch.equal(weights[name], before[name])} == fixed
+    assert not any(torch.equal(weights[name], before[name]) for name in weights)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -85,8 +85,7 @@ def base_model_digest(model: PeftModel) -> str:
     base = model.get_base_model()
     parts = [base.config.to_dict().get("quantization_config")]
     for name, parameter in base.named_parameters():
-        # Part of the adapter may be frozen too.
-        if parameter.requires_grad or model.base_model.prefix in name:
+        if parameter.requires_grad:
             continue
         values = held_values(parameter)[-1]
         first = values.flatten()[:16].float().cpu().tolist()

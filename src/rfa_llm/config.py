@@ -29,11 +29,7 @@ class RFAConfig(UnlearningConfig):
         smoothing_temperature (`float`, defaults to `2.0`): Temperature τ of `smoothed`, above 1.
         teacher (`str`, *optional*): Id or path of the checkpoint from before the fine-tuning, for `ignorant`.
         style_correction (`bool`, defaults to `True`): Whether `ignorant` leaves the manner of answering as it is.
-        mean_rows (`int`, defaults to `256`): Rows of a set over which `mean`, the style correction and `contrastive`
-            take means.
-        input_directions (`str`, defaults to `"contrastive"`): Which directions of its layers' inputs an adapter that
-            the trainer makes reads: `"contrastive"`, those that forget rows use and retain rows hardly do, found
-            before the training and fixed (`rfa_llm.directions`), or `"random"`, peft's own draw, trained.
+        mean_rows (`int`, defaults to `256`): Retain rows over which `mean` and the style correction take means.
 
     Raises:
         ValueError: A setting out of its range; the sentence names the setting, the value and the range.
@@ -64,16 +60,7 @@ class RFAConfig(UnlearningConfig):
         default=True, metadata={"help": "Let the ignorant shift leave the manner of answering as it is."}
     )
     mean_rows: int = field(
-        default=256,
-        metadata={"help": "Rows for the means of the mean and ignorant shifts, and for contrastive directions."},
-    )
-    input_directions: str = field(
-        default="contrastive",
-        metadata={
-            "help": "Input directions that the adapter reads: contrastive (found from both sets, then fixed) or "
-            "random (peft's draw, trained).",
-            "choices": ["contrastive", "random"],
-        },
+        default=256, metadata={"help": "Retain rows for the mean features of the mean and ignorant shifts."}
     )
 
     def __post_init__(self):

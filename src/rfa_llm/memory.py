@@ -6,7 +6,6 @@ import resource
 import sys
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,12 +27,11 @@ def held_values(parameter: nn.Parameter) -> list[torch.Tensor]:
     return [parameter.data]
 
 
-def base_model_bytes(model: PeftModel) -> int:
-    """Bytes of the base model's parameters, all shards together."""
+def base_model_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen parameters, all shards together."""
     total = 0
-    for name, parameter in model.named_parameters():
-        # Part of the adapter may be frozen too.
-        if not parameter.requires_grad and model.base_model.prefix not in name:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
             values = held_values(parameter)
             count = parameter.numel() if len(values) == 1 else parameter.ds_numel
             total += count * parameter.element_size()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from . import directions, reference, residuals, shifts
+from . import reference, residuals, shifts
 from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
 from .config import RFAConfig
 from .unlearning_trainer import UnlearningTrainer
@@ -107,8 +106,6 @@ class RFATrainer(UnlearningTrainer):
 
     def _before_model(self, args, model, config, forget, retain, pad_token_id):
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
-        self._forget_mean_rows = forget.select(range(min(args.mean_rows, len(forget))))
-        self._pad_token_id = pad_token_id
         if self.shift is None and args.shift == "ignorant":
             if not isinstance(model, str):
                 raise ValueError(
@@ -121,34 +118,6 @@ class RFATrainer(UnlearningTrainer):
                     "from before the fine-tuning."
                 )
             self._teacher = self._run_teacher(args, config, forget, pad_token_id)
-
-    def _made_ready(self, args, model, with_adapter):
-        if args.input_directions == "random" or isinstance(model, PeftModel):
-            return with_adapter()
-        if isinstance(model, PreTrainedModel) or (args.world_size == 1 and args.deepspeed_plugin is None):
-            model = with_adapter()
-            directions.aim_adapter(model, self._find_directions(args, model))
-            return model
-        # Several processes may be about to share the model out, so the first one takes it whole for a moment.
-        found = [None]
-        with _loaded_whole(args):
-            if PartialState().is_main_process:
-                found = [self._find_directions(args, with_adapter())]
-        (found,) = broadcast_object_list(found)
-        model = with_adapter()
-        directions.aim_adapter(model, found)
-        return model
-
-    def _find_directions(self, args, model):
-        if model.device.type == "cpu":
-            model.to(args.device)
-        return directions.find_directions(
-            model,
-            self._forget_mean_rows,
-            self._mean_rows,
-            (args.forget_tokens, args.retain_tokens),
-            self._pad_token_id,
-        )
 
     def _last_adapted_block(self, config):
         return self.aligned[-1]

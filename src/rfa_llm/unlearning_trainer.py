@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,9 +46,8 @@ class UnlearningTrainer(Trainer):
     """Trainer of a LoRA adapter that makes a causal language model forget; a method adds `compute_loss`.
 
     The base weights never move, and the reference is the same model with its adapter off. A method may override
-    `_before_data`, `_make_pairs`, `_before_model`, `_made_ready`, `_last_adapted_block`, `_check_model`,
-    `_make_collator`, `_count_tokens`, `_method_fingerprint`, `_method_state` and `_load_method_state`; `__init__`
-    calls the first seven.
+    `_before_data`, `_make_pairs`, `_before_model`, `_last_adapted_block`, `_check_model`, `_make_collator`,
+    `_count_tokens`, `_method_fingerprint`, `_method_state` and `_load_method_state`; `__init__` calls the first six.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
@@ -128,14 +126,11 @@ class UnlearningTrainer(Trainer):
         pairs = self._make_pairs(args, forget, retain, forget_rows, processing_class)
         self._before_model(args, model, config, forget, retain, processing_class.pad_token_id)
 
-        def with_adapter() -> PeftModel:
-            whole = model
-            if is_path:
-                quantization = {"quantization_config": quantization_config} if quantization_config else {}
-                whole = AutoModelForCausalLM.from_pretrained(model, **init_kwargs, **quantization)
-            return self._with_adapter(args, whole, peft_config)
-
-        model = self._made_ready(args, model, with_adapter)
+        if is_path:
+            model = AutoModelForCausalLM.from_pretrained(
+                model, **init_kwargs, **({"quantization_config": quantization_config} if quantization_config else {})
+            )
+        model = self._with_adapter(args, model, peft_config)
 
         super().__init__(
             model=model,
@@ -171,15 +166,6 @@ class UnlearningTrainer(Trainer):
         pad_token_id: int,
     ) -> None:
         """Do what has to be done with the encoded sets before the model takes its memory."""
-
-    def _made_ready(
-        self,
-        args: UnlearningConfig,
-        model: str | PreTrainedModel | PeftModel,
-        with_adapter: Callable[[], PeftModel],
-    ) -> PeftModel:
-        """What `with_adapter` gives for the user's `model`, ready to be trained."""
-        return with_adapter()
 
     def _make_pairs(
         self,
