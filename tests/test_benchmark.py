@@ -5,11 +5,12 @@ from statistics import fmean, harmonic_mean
 
 import pytest
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
+from datasets import concatenate_datasets
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rfa_llm.benchmark import Run, best_learning_rate, runs, score_model, table, train_and_score
-from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark
+from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary
@@ -199,6 +200,15 @@ def test_target_and_retain_only_are_scored_once(finished, folder):
     log = finished / "logs" / "target.json"
     score_model("target", "nowhere", {}, file, log, {})
     assert file.stat().st_mtime_ns == before
+
+
+def test_the_holdout_rows_are_those_that_no_model_saw():
+    forget, retain, new = tiny_rows(3, first=0), tiny_rows(4, first=20), tiny_rows(9, first=60)
+    mixed = concatenate_datasets([new.select(range(4)), forget, retain, new.select(range(4, 9))])
+    questions = unseen(mixed, forget, retain)["question"]
+    assert questions == [new[0]["question"], new[3]["question"], new[6]["question"]]
+    with pytest.raises(ValueError, match="holdout_dataset: every row"):
+        unseen(retain, forget, retain)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ ALLOWED = {
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
     "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"},
+    "adapters": set(),
+    "progress": set(),
+    "benchmark": {"benchmark", "rivals", "trainer", "config", "checkpoints", "evaluation", "progress"},
 }
 
 

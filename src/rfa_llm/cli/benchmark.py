@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -66,7 +66,11 @@ class BenchmarkArguments:
     )
     retain_perturbed_config: str = field(default="retain_perturbed", metadata={"help": "The retain set's, likewise."})
     holdout_dataset: str | None = field(
-        default=None, metadata={"help": "Questions and answers that no model saw, for the membership attacks."}
+        default=None,
+        metadata={
+            "help": "Questions and answers, for the membership attacks; what is in the forget or the retain set is "
+            "left out, and as many are taken as the forget set has."
+        },
     )
     target_model: str | None = field(
         default=None, metadata={"help": "Model that has to forget. Default: models/target in output_dir."}
@@ -136,18 +140,31 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
     return tuple(paths)
 
 
+def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
+    """The rows whose questions are in neither set, spread over `rows`, as many as the forget set has at most."""
+    trained = {*forget["question"], *retain["question"]}
+    indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
+    if not indices:
+        raise ValueError(
+            "holdout_dataset: every row of it is in the forget or the retain set; give rows that are not."
+        )
+    return rows.select(indices[:: max(1, len(indices) // len(forget))][: len(forget)])
+
+
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table."""
     folder = Path(args.output_dir)
     results = Path(args.results_dir or folder / "results")
-    target, retain_only = make_missing_models(args, folder)
+    # The demo's data is made with its models; data that is given is read before hours of training.
+    made = make_missing_models(args, folder) if args.demo_models else None
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
     sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
-    if args.holdout_dataset is not None:
-        sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset")
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
+    if args.holdout_dataset is not None:
+        sets["holdout"] = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
+    target, retain_only = made or make_missing_models(args, folder)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
     retain_log = folder / "logs" / "retain-only.json"
