@@ -73,7 +73,7 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError("remove_unused_columns: True would drop the rows' token ids and masks; leave it False.")
         if self.neftune_noise_alpha is not None:
             raise ValueError(
-                f"neftune_noise_alpha: {self.neftune_noise_alpha} would add noise to every residual; leave it out."
+                f"neftune_noise_alpha: {self.neftune_noise_alpha} would add noise to what is compared; leave it out."
             )
         if self.eval_strategy != "no":
             raise ValueError(
