@@ -1,9 +1,10 @@
 """`rfa-llm unlearn` as a script: `accelerate launch scripts/unlearn.py --config configs/unlearn.yaml`."""
 
 import sys
+from importlib import import_module
 
 from rfa_llm.cli.main import run
-from rfa_llm.cli.unlearn import main
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    # Imported within, so that what the libraries say while they load is left out here too.
+    run(lambda argv: import_module("rfa_llm.cli.unlearn").main(argv), sys.argv[1:])

@@ -33,6 +33,9 @@ DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""
+    # What the libraries warn one another of is not for users of a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in argv
     try:
         command([argument for argument in argv if argument != "--debug"])
@@ -55,9 +58,6 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"rfa-llm {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    # What the libraries warn one another of is not for users of a command.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Only the command's name is read here; the rest is its own parser's.
     command = parser.parse_args(sys.argv[1:2]).command
 

@@ -108,9 +108,10 @@ def memory_report(metrics: dict[str, float], device: torch.device) -> str:
     base = metrics["base_model_bytes"]
     peaks = {name.rpartition("_")[2]: value for name, value in metrics.items() if name.startswith("peak_bytes/")}
     what = "resident set, Python and libraries included" if device.type == "cpu" else "allocated"
-    return f"Peak memory ({what}); the base model's weights are {base / 2**30:.2f} GiB\n" + "\n".join(
-        f"process {rank} on {device.type}  {peak / 2**30:.2f} GiB  {peak / base:.2f}x" for rank, peak in peaks.items()
-    )
+    lines = [f"Peak memory ({what}); the base model's weights are {base / 2**30:.2f} GiB"]
+    for rank, peak in peaks.items():
+        lines.append(f"process {rank} on {device.type}  {peak / 2**30:.2f} GiB  {peak / base:.2f}x the weights")
+    return "\n".join(lines)
 
 
 def residual_table(trainer: RFATrainer) -> str:
