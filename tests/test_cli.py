@@ -170,6 +170,8 @@ def test_a_terminal_that_closes_ends_the_launched_process_too(saved_llama, data_
         [sys.executable, "-m", "rfa_llm.cli.main", "unlearn", "--accelerate_config", "single_cpu", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # Tests that run under nohup would hand on that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-1").exists():
