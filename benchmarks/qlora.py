@@ -7,8 +7,8 @@ Runs `rfa-llm unlearn --load_in_4bit` (configs/tofu800.yaml, the `local` shift, 
 quantized base before and after, and merges. Then it scores the forget set's answers, without generating any, for the
 target, the adapter on the NF4 base, the same adapter on the bf16 base, the merged model and, where one is given, an
 adapter that was trained on the bf16 base. A step whose result is there is not repeated. Results go to
-benchmarks/results/qlora.json and qlora.md; those of `--max_steps 120 --results benchmarks/results/qlora_120_steps`, without
-another adapter, beside them.
+benchmarks/results/qlora.json and qlora.md; those of `--max_steps 120 --results benchmarks/results/qlora_120_steps`,
+without another adapter, beside them.
 """
 
 from __future__ import annotations
