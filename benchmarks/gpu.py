@@ -17,13 +17,11 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from memory import RANK, SHAPES, count_parameters, memory_sum, shape_config
-from shifts import PACKAGES, machine
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +34,7 @@ from transformers import (
 )
 
 from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.benchmark.environment import environment
 
 # Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets (half of the figure "with sparsity").
 PEAK_FLOPS = {
@@ -321,8 +320,7 @@ def main(argv: list[str]) -> None:
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "note": "speed and memory of this device" if device.type == "cuda" else "a check of the script, no GPU figure",
-        "machine": machine(),
-        "versions": {package: version(package) for package in (*PACKAGES, "bitsandbytes")},
+        **environment("bitsandbytes"),
         "settings": {**vars(args), "output": str(args.output), "lora_rank": RANK, "seed": 42},
         "peak_flops": peak,
         "peak_flops_source": source,

@@ -16,15 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from shifts import PACKAGES, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rfa_llm.benchmark.environment import environment
 from rfa_llm.blocks import find_blocks, lora_placement, resolve_blocks
 
 RESULTS = Path(__file__).parent / "results"
@@ -296,8 +295,7 @@ def main(argv: list[str]) -> None:
         "rows": args.rows,
         "tokens": args.tokens,
         "lora_rank": RANK,
-        "versions": {package: version(package) for package in PACKAGES},
-        "machine": machine(),
+        **environment(),
         "sums": sums(args.rows, args.tokens),
         "measured": [measure(*run) for run in MEASURED] if args.measure else [],
     }

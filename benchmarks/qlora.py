@@ -16,17 +16,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from peft import PeftModel
-from shifts import PACKAGES, RECIPE, machine
+from shifts import RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import TrlParser, get_quantization_config
 
+from rfa_llm.benchmark.environment import environment
 from rfa_llm.cli.merge import MergeArguments, merge
 from rfa_llm.cli.unlearn import UnlearnArguments, UnlearnModelConfig, unlearn
 from rfa_llm.config import RFAConfig
@@ -176,8 +176,7 @@ def main() -> None:
         "scores": scores,
         **training,
         "bf16_adapter": None if args.bf16_adapter is None else args.bf16_adapter.name,
-        "versions": {package: version(package) for package in (*PACKAGES, "bitsandbytes")},
-        "machine": machine(),
+        **environment("bitsandbytes"),
     }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
+from rfa_llm.benchmark.environment import environment
 from rfa_llm.evaluation import read_log, read_retain_truth_ratios, summary
 from rfa_llm.evaluation.metrics import forget_quality
 from rfa_llm.shifts import SHIFTS
@@ -27,7 +25,6 @@ from rfa_llm.shifts import SHIFTS
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "tofu800_shifts"
 RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # What each run changes of the recipe. The default shift has a second seed, and tries with a stronger retain loss; the
 # other shifts, to spare two cores, have half of the recipe's steps.
 RUNS = {
@@ -55,14 +52,6 @@ def evaluate(name: str, model: Path, args: argparse.Namespace, *extra: str | Pat
     return log
 
 
-def machine() -> dict:
-    cpu = next(
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    )
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version()}
-
-
 def write_result(name: str, log_file: Path, retain_log: Path, settings: dict, history: list[dict]) -> None:
     """The run's aggregate numbers and truth ratios, without the texts that the log holds."""
     ratios = read_retain_truth_ratios(log_file)
@@ -72,8 +61,7 @@ def write_result(name: str, log_file: Path, retain_log: Path, settings: dict, hi
         "summary": {**summary(read_log(log_file)), "forget_quality": quality},
         "forget_truth_ratios": ratios.tolist(),
         "history": history,
-        "versions": {package: version(package) for package in PACKAGES},
-        "machine": machine(),
+        **environment(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -15,11 +15,11 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoTokenizer, set_seed
+from trl import get_peft_config
 
-from rfa_llm.blocks import lora_placement, num_blocks
-from rfa_llm.cli.finetune import FinetuneConfig, finetune, load_gguf
+from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune, load_gguf
 from rfa_llm.data.formats import load_rows
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,17 +40,17 @@ def main() -> None:
     tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
         model = load_gguf(folder, GGUF_FILE, torch.bfloat16)
-        if name != "base" and args.adapters is not None:
-            model = PeftModel.from_pretrained(model, args.adapters / name).merge_and_unload()
-        elif name != "base":
+        output_dir = str(args.output_dir / name)
+        if name != "base" and args.adapters is None:
             set_seed(args.seed)
-            placement = lora_placement(model, num_blocks(model.config) - 1)
-            model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM", **placement))
-            recipe = FinetuneConfig(output_dir=str(args.output_dir / name), seed=args.seed, report_to="none")
-            finetune(model, tokenizer, load_rows(str(args.data_dir / data), "data_dir"), recipe)
-            model = model.merge_and_unload()
-        model.save_pretrained(args.output_dir / name)
-        tokenizer.save_pretrained(args.output_dir / name)
+            recipe = FinetuneConfig(output_dir=output_dir, seed=args.seed, report_to="none")
+            rows = load_rows(str(args.data_dir / data), "data_dir")
+            finetune(model, tokenizer, rows, recipe, get_peft_config(FinetuneModelConfig()))
+        else:
+            if name != "base":
+                model = PeftModel.from_pretrained(model, args.adapters / name).merge_and_unload()
+            model.save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
         print(f"{name} saved to {args.output_dir / name}.")
 
 

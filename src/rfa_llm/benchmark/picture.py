@@ -52,9 +52,9 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
             linewidth=2.2 if name.startswith("rfa") else 1.1,
             label=name,
         )
-    for name, marker in (("target", "*"), ("retain-only", "*")):
-        x, y = place(summaries[name])
-        axes.plot(x, y, marker=marker, markersize=15, color="black", linestyle="none")
+    for name, summary in summaries.items():
+        x, y = place(summary)
+        axes.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 10), ha="center")
     axes.set_yscale("log")
     axes.set_ylim(FLOOR / 3, 10)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from rfa_llm.benchmark.environment import environment
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.config import RFAConfig
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log
@@ -22,7 +20,6 @@ from rfa_llm.progress import bar_alone
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
 
-PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # What a run sets by itself.
 OWN = {"save_strategy": "steps", "save_total_limit": 1, "overwrite_output_dir": True, "report_to": "none"}
 
@@ -53,31 +50,10 @@ def run_name(run: Run) -> str:
     return f"{run.method}_lr{run.learning_rate:g}_seed{run.seed}"
 
 
-def environment() -> dict:
-    """Versions and machine, for a result file; no name or path that tells which machine it is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return {
-        "versions": {package: version(package) for package in PACKAGES},
-        "machine": {
-            "cpu": names[0] if names else platform.processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(),
-        },
-    }
-
-
 def point(log: Mapping[str, dict], step: int) -> dict:
     """What a result file keeps of a log: the aggregate numbers and the forget set's truth ratios, none of the text."""
     ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
     return {"step": step, "summary": summary(log), "forget_truth_ratios": ratios}
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Write a result whole or not at all."""
-    write_log(content, path)
 
 
 def score_model(
@@ -96,9 +72,9 @@ def score_model(
     if result.exists() and log_file.exists():
         return
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    log = evaluate_tofu(loaded.to(_device()), AutoTokenizer.from_pretrained(model), sets, **scoring)
+    log = evaluate_tofu(loaded.to(PartialState().device), AutoTokenizer.from_pretrained(model), sets, **scoring)
     write_log(log, log_file)
-    write_json({"method": name, "points": [point(log, 0)], **environment()}, result)
+    write_log({"method": name, "points": [point(log, 0)], **environment()}, result)
 
 
 def train_and_score(
@@ -147,7 +123,7 @@ def train_and_score(
         "history": trainer.state.log_history,
         **environment(),
     }
-    write_json(content, result)
+    write_log(content, result)
     for done in folder.glob("checkpoint-*"):
         shutil.rmtree(done)
     shutil.rmtree(folder / "points")
@@ -194,7 +170,7 @@ class _Points(TrainerCallback):
         # The Trainer takes a step too many (at a learning rate of 0) when it resumes from its last one.
         if step <= max_steps and not file.exists():
             log = evaluate_tofu(model, self.tokenizer, self.sets, **self.scoring)
-            write_json(point(log, step), file)
+            write_log(point(log, step), file)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         # A kill may have come between the checkpoint and its point.
@@ -203,7 +179,3 @@ class _Points(TrainerCallback):
 
     def on_save(self, args, state, control, model, **kwargs):
         self._measure(model, state.global_step, args.max_steps)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,16 +6,15 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser
+from trl import TrlParser, get_peft_config
 
 from rfa_llm.benchmark import Run, best_learning_rate, draw, run_name, score_model, table, train_and_score
-from rfa_llm.blocks import num_blocks, placed
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
-from rfa_llm.cli.finetune import FinetuneConfig, finetune
+from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.cli.main import USAGE
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
@@ -129,13 +128,9 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             set_seed(0)
             model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-            lora = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
-            model = get_peft_model(model, placed(lora, model, num_blocks(model.config) - 1))
             recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
             recipe = FinetuneConfig(output_dir=str(path), **recipe)
-            finetune(model, tokenizer, load_tofu(rows, args.data_dir), recipe)
-            tokenizer.save_pretrained(path)
-            model.merge_and_unload().save_pretrained(path)
+            finetune(model, tokenizer, load_tofu(rows, args.data_dir), recipe, get_peft_config(FinetuneModelConfig()))
         paths.append(str(path))
     return tuple(paths)
 
@@ -153,6 +148,8 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
 
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table."""
+    # The first to ask decides on the device, for scoring as for training.
+    PartialState(cpu=args.use_cpu)
     folder = Path(args.output_dir)
     results = Path(args.results_dir or folder / "results")
     # The demo's data is made with its models; data that is given is read before hours of training.

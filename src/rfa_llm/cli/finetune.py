@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -95,10 +95,23 @@ def finetune_trainer(
 
 
 def finetune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainingArguments
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TrainingArguments,
+    peft_config: PeftConfig | None,
 ) -> None:
-    """Train as `finetune_trainer` says."""
+    """Train as `finetune_trainer` says, and save model and tokenizer in `args.output_dir`.
+
+    With a `peft_config` an adapter is trained, on every block unless the config says otherwise, and merged.
+    """
+    if peft_config is not None:
+        model = get_peft_model(model, placed(peft_config, model, num_blocks(model.config) - 1))
     finetune_trainer(model, tokenizer, dataset, args).train()
+    if peft_config is not None:
+        model = model.merge_and_unload()
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
 
 
 def main(argv: list[str]) -> None:
@@ -115,12 +128,5 @@ def main(argv: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     else:
         model = load_gguf(model_args.model_name_or_path, data_args.gguf_file, model_args.dtype)
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        model = get_peft_model(model, placed(peft_config, model, num_blocks(model.config) - 1))
-    finetune(model, tokenizer, dataset, training_args)
-    if peft_config is not None:
-        model = model.merge_and_unload()
-    model.save_pretrained(training_args.output_dir)
-    tokenizer.save_pretrained(training_args.output_dir)
+    finetune(model, tokenizer, dataset, training_args, get_peft_config(model_args))
     print(f"Model saved to {training_args.output_dir}.")

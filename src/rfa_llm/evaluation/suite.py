@@ -227,7 +227,7 @@ def _rouge(
     max_new_tokens: int,
 ) -> dict[str, dict]:
     """ROUGE of one set's greedy answers; the log keeps the texts beside the scores."""
-    pairs = [{"question": row["question"], "answer": row["answer"]} for row in rows]
+    pairs = _pairs(rows)
     generations = greedy_answers(
         model,
         tokenizer,
@@ -243,6 +243,10 @@ def _rouge(
         for score, row, generation in zip(scores, rows, generations, strict=True)
     ]
     return {f"{SETS[name][0]}_Q_A_ROUGE": _metric(float(np.mean([s["rougeL_recall"] for s in scores])), by_row)}
+
+
+def _pairs(rows: list[dict]) -> list[dict]:
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 
 def _memorisation(scores: list[AnswerScore]) -> dict[str, dict]:
@@ -289,7 +293,7 @@ def _membership(
     retain_log: dict | None,
 ) -> dict[str, dict]:
     """The membership attacks: do forget rows look more like training data than holdout rows?"""
-    holdout_rows = [{"question": row["question"], "answer": row["answer"]} for row in holdout_rows]
+    forget_rows, holdout_rows = _pairs(forget_rows), _pairs(holdout_rows)
     holdout_scores = answer_scores(
         model, tokenizer, holdout_rows, batch_size=batch_size, moments=True, desc="holdout: losses"
     )
@@ -307,10 +311,7 @@ def _membership(
         ]
     if gradient_norm:
         attacks["mia_gradnorm"] = {
-            half: answer_gradient_norms(
-                model, tokenizer, [{"question": row["question"], "answer": row["answer"]} for row in rows]
-            )
-            for half, (rows, _) in halves.items()
+            half: answer_gradient_norms(model, tokenizer, rows) for half, (rows, _) in halves.items()
         }
     if retain_log is not None and "mia_loss" in retain_log:
         attacks["mia_reference"] = {}
