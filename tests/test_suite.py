@@ -118,7 +118,7 @@ def test_aggregates_equal_a_naive_computation(model, tokenizer, sets, batch_size
     )
     assert len(expected) == 13
     assert expected["retain_rouge"] > 0  # else model utility were 0 whatever the rest
-    assert {column: summary(log)[column] for column in expected} == pytest.approx(expected, abs=1e-6)
+    assert {column: summary(log)[column] for column in expected} == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets, tmp_path):
@@ -135,7 +135,9 @@ def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets
     assert [len(wrong[index]["avg_loss"]) for index in ("0", "1", "2")] == [2, 1, 3]
     row = sets["forget"][2]
     assert wrong["2"]["avg_loss"] == pytest.approx(
-        [naive_loss(model, tokenizer, row["question"], answer) for answer in row["perturbed_answer"]], abs=1e-6
+        [naive_loss(model, tokenizer, row["question"], answer) for answer in row["perturbed_answer"]],
+        rel=1e-6,
+        abs=1e-6,
     )
     assert wrong["2"]["prob"] == pytest.approx([math.exp(-loss) for loss in wrong["2"]["avg_loss"]])
     assert log["forget_Q_A_ROUGE"]["value_by_index"]["1"]["ground_truth"] == "an ox, two cows"
@@ -217,14 +219,14 @@ def test_memorisation_and_attacks_equal_a_naive_computation(model, tokenizer, se
         for name in attacks:
             attacks[name][half] = columns[name]
             scores = [row["score"] for row in log[name][half]["value_by_index"].values()]
-            assert scores == pytest.approx(columns[name], abs=1e-5 if "plus" in name else 1e-6)
+            assert scores == pytest.approx(columns[name], rel=1e-6, abs=1e-5 if "plus" in name else 1e-6)
     assert 0 < min(shares) < max(shares)
-    assert log["exact_memorization"]["agg_value"] == pytest.approx(fmean(shares), abs=1e-6)
-    assert log["extraction_strength"]["agg_value"] == pytest.approx(fmean(strengths), abs=1e-6)
+    assert log["exact_memorization"]["agg_value"] == pytest.approx(fmean(shares), rel=1e-6, abs=1e-6)
+    assert log["extraction_strength"]["agg_value"] == pytest.approx(fmean(strengths), rel=1e-6, abs=1e-6)
     for name, halves in attacks.items():
-        assert log[name]["agg_value"] == pytest.approx(naive_auc(**halves), abs=1e-6)
+        assert log[name]["agg_value"] == pytest.approx(naive_auc(**halves), rel=1e-6, abs=1e-6)
     expected = 100 * ((1 - naive_auc(**attacks["mia_min_k"])) - 0.75) / 0.75
-    assert log["privleak"]["agg_value"] == pytest.approx(expected, abs=1e-6)
+    assert log["privleak"]["agg_value"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_the_gradient_norm_of_an_adapter_is_that_of_the_merged_model(model, tokenizer, sets):
