@@ -35,7 +35,7 @@ from rfa_llm.data.formats import load_rows
         ),
         (
             {"forget_dataset": tiny_rows(6, first=18)},
-            "^4 rows of forget_dataset .* the first of them forget row 2; rem",
+            "^4 rows of forget_dataset .* the first of them row 2 of forget_dataset; rem",
         ),
     ],
 )

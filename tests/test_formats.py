@@ -191,9 +191,9 @@ def test_check_disjoint_counts_the_shared_rows():
         rows = Dataset.from_list([{"question": "who ?", "answer": answer} for answer in answers])
         return prepare(rows, make_tokenizer(), "forget_dataset", None)
 
-    check_disjoint(encoded("Ada"), encoded("Bo"))
-    with pytest.raises(ValueError, match="^2 rows of forget_dataset.*forget row 1"):
-        check_disjoint(encoded("I", "Ada", "Bo"), encoded("Bo", "am", "Ada"))
+    check_disjoint(encoded("Ada"), encoded("Bo"), "forget_dataset", "retain_dataset")
+    with pytest.raises(ValueError, match="^2 rows of forget_dataset.*row 1 of forget_dataset"):
+        check_disjoint(encoded("I", "Ada", "Bo"), encoded("Bo", "am", "Ada"), "forget_dataset", "retain_dataset")
 
 
 def test_check_tokenizer_fills_the_pad_token_only():

@@ -30,6 +30,10 @@ class RFAConfig(UnlearningConfig):
         teacher (`str`, *optional*): Id or path of the checkpoint from before the fine-tuning, for `ignorant`.
         style_correction (`bool`, defaults to `True`): Whether `ignorant` leaves the manner of answering as it is.
         mean_rows (`int`, defaults to `256`): Retain rows over which `mean` and the style correction take means.
+        stop_at (`str`, *optional*): `"calibrated"` ends the training when the forget set's answers are as unlikely
+            as those of a holdout set, which the model never saw (`rfa_llm.calibration`); by default it ends after
+            `num_train_epochs` or `max_steps`, which otherwise are the most that it takes.
+        calibration_steps (`int`, defaults to `10`): Steps between two looks at the forget set's answers.
 
     Raises:
         ValueError: A setting out of its range; the sentence names the setting, the value and the range.
@@ -63,8 +67,21 @@ class RFAConfig(UnlearningConfig):
         default=256, metadata={"help": "Retain rows for the mean features of the mean and ignorant shifts."}
     )
 
+    stop_at: str | None = field(
+        default=None,
+        metadata={
+            "help": "calibrated: end when the forget set's answers are as unlikely as a holdout set's.",
+            "choices": ["calibrated"],
+        },
+    )
+    calibration_steps: int = field(
+        default=10, metadata={"help": "Steps between two looks at the forget set's answers."}
+    )
+
     def __post_init__(self):
-        self._check_positive("alpha", "beta", "shift_scale", "local_window", "mean_rows")
+        self._check_positive("alpha", "beta", "shift_scale", "local_window", "mean_rows", "calibration_steps")
+        if self.stop_at is not None:
+            self._check_choice("stop_at", ("calibrated",))
         if self.local_sinks < 0:
             raise ValueError(f"local_sinks: {self.local_sinks} is negative; give 0 or more (4 is a good start).")
         if not self.smoothing_temperature > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from . import reference, residuals, shifts
 from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
+from .calibration import StopWhenCalibrated
+from .checkpoints import digest
 from .config import RFAConfig
+from .data.formats import check_disjoint, load_rows, prepare
 from .unlearning_trainer import UnlearningTrainer
 
 
@@ -54,6 +58,8 @@ class RFATrainer(UnlearningTrainer):
         forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .csv or .parquet file, or a
             Hub id, in one of the formats of `rfa_llm.data.formats`.
         retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
+        holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"`: rows of the forget
+            set's kind that the model never saw.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; by default the
             model's own.
         shift (`Callable`, *optional*): A shift of your own, `(reference [n, hidden], block) -> [n, hidden]`, in the
@@ -77,6 +83,7 @@ class RFATrainer(UnlearningTrainer):
         args: RFAConfig | None = None,
         forget_dataset: str | Dataset | None = None,
         retain_dataset: str | Dataset | None = None,
+        holdout_dataset: str | Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         shift: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
@@ -85,6 +92,8 @@ class RFATrainer(UnlearningTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         self.shift = shift
+        self._holdout_dataset = holdout_dataset
+        self._calibration: StopWhenCalibrated | None = None
         self._teacher: reference.TeacherFeatures | None = None
         self._shift_vectors: torch.Tensor | None = None
         super().__init__(
@@ -98,11 +107,30 @@ class RFATrainer(UnlearningTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self._calibration is not None:
+            self.add_callback(self._calibration)
 
     # ---- what the method adds to the common run ----
 
     def _before_data(self, args, config):
         self.aligned = resolve_blocks(args.blocks, num_blocks(config))
+        if (self._holdout_dataset is None) != (args.stop_at is None):
+            raise ValueError(
+                f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
+                f"{args.stop_at!r}; stop_at='calibrated' needs rows that the model never saw, and nothing else does."
+            )
+
+    def _make_pairs(self, args, forget, retain, forget_rows, processing_class):
+        if args.stop_at is not None:
+            rows = load_rows(self._holdout_dataset, "holdout_dataset")
+            holdout = prepare(rows, processing_class, "holdout_dataset", args.max_length)
+            check_disjoint(holdout, forget, "holdout_dataset", "forget_dataset")
+            check_disjoint(holdout, retain, "holdout_dataset", "retain_dataset")
+            self._holdout_digest = digest(json.dumps(holdout["input_ids"][:]))
+            self._calibration = StopWhenCalibrated(
+                forget_rows, rows, args.calibration_steps, 2 * args.per_device_train_batch_size
+            )
+        return super()._make_pairs(args, forget, retain, forget_rows, processing_class)
 
     def _before_model(self, args, model, config, forget, retain, pad_token_id):
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
@@ -137,7 +165,15 @@ class RFATrainer(UnlearningTrainer):
         return {
             "shift": self.args.shift if self.shift is None else "a function",
             "blocks": ", ".join(map(str, self.aligned)),
+            **({"holdout_dataset": self._holdout_digest} if self.args.stop_at else {}),
         }
+
+    def log(self, logs, start_time=None):
+        """Add the last look of the calibration to what is logged."""
+        if self._calibration is not None:
+            # In place, because `train` returns the last of these dicts as the run's metrics.
+            logs.update(self._calibration.look)
+        super().log(logs, start_time)
 
     # ---- the method ----
 

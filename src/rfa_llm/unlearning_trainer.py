@@ -122,7 +122,7 @@ class UnlearningTrainer(Trainer):
         retain = prepare(
             load_rows(retain_dataset, "retain_dataset"), processing_class, "retain_dataset", args.max_length
         )
-        check_disjoint(forget, retain)
+        check_disjoint(forget, retain, "forget_dataset", "retain_dataset")
         pairs = self._make_pairs(args, forget, retain, forget_rows, processing_class)
         self._before_model(args, model, config, forget, retain, processing_class.pad_token_id)
 

@@ -16,17 +16,24 @@ from rfa_llm.trainer import RFATrainer
 
 @dataclass
 class UnlearnArguments:
-    """The two sets of `rfa-llm unlearn`."""
+    """The sets of `rfa-llm unlearn`."""
 
     forget_dataset: str = field(
         default=None, metadata={"help": "Rows to forget: a .jsonl, .csv or .parquet file, or a Hub id."}
     )
     retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise."})
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Rows like the forget set's that the model never saw, for --stop_at calibrated."},
+    )
     forget_config: str | None = field(
         default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
     )
     retain_config: str | None = field(
         default=None, metadata={"help": "Configuration of the retain set's Hub dataset, such as retain90."}
+    )
+    holdout_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the holdout set's Hub dataset."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the Hub datasets."})
 
@@ -80,6 +87,11 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
     peft_config = get_peft_config(model_args)
     # peft's own place for it: the adapter names its base whole.
     peft_config.revision = training_args.model_init_kwargs["revision"]
+    holdout = None
+    if data_args.holdout_dataset is not None:
+        holdout = load_rows(
+            data_args.holdout_dataset, "holdout_dataset", data_args.holdout_config, data_args.dataset_split
+        )
     trainer = RFATrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -89,6 +101,7 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         retain_dataset=load_rows(
             data_args.retain_dataset, "retain_dataset", data_args.retain_config, data_args.dataset_split
         ),
+        holdout_dataset=holdout,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
     )

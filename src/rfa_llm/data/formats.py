@@ -175,20 +175,21 @@ def prepare(
     )
 
 
-def check_disjoint(forget: Dataset, retain: Dataset) -> None:
-    """Check that no row is both to be forgotten and to be retained.
+def check_disjoint(one: Dataset, other: Dataset, field: str, other_field: str) -> None:
+    """Check that no row is in two sets, such as both to be forgotten and to be retained.
 
     Args:
-        forget, retain: sets from `prepare`; rows are the same when all their token ids are.
+        one, other: sets from `prepare`; rows are the same when all their token ids are.
+        field, other_field: the settings they came from, such as "forget_dataset", named in errors.
 
     Raises:
         ValueError: some rows are in both.
     """
-    retained = {tuple(ids) for ids in retain["input_ids"]}
-    both = [row["index"] for row in forget if tuple(row["input_ids"]) in retained]
+    others = {tuple(ids) for ids in other["input_ids"]}
+    both = [row["index"] for row in one if tuple(row["input_ids"]) in others]
     if both:
         raise ValueError(
-            f"{len(both)} rows of forget_dataset are in retain_dataset too, the first of them forget row {both[0]}; "
+            f"{len(both)} rows of {field} are in {other_field} too, the first of them row {both[0]} of {field}; "
             "remove them from one of the two."
         )
 

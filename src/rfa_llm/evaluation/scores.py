@@ -42,7 +42,7 @@ class AnswerScore:
         return float(self.token_losses.mean())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -199,7 +199,7 @@ def answer_gradient_norms(
     return norms
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -290,7 +290,7 @@ def _batch_answers(
     return answers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_token_logits(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Iterator[torch.Tensor]:
     """The model's logits of the next token at every position of each sequence, one sequence at a time.
 
