@@ -116,12 +116,14 @@ def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, f
 
 @pytest.mark.parametrize("interrupted_at", [0, 1])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
-    run = Run("rfa", {"trainer": "rfa", "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2)
+    settings = {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}
+    run = Run("rfa", {**settings, "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2)
     data = str(folder / "data")
     more = {
         "model": str(finished / "models" / "target"),
         "forget": load_tofu("forget", data),
         "retain": load_tofu("retain", data),
+        "holdout": tiny_rows(4, first=60),
         "sets": question_sets(folder),
         "scoring": {"max_new_tokens": 4},
     }
@@ -194,6 +196,14 @@ def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
     assert at_best > at_last
 
 
+def test_runs_that_stop_by_themselves_have_each_its_own_last_step():
+    longer = result(1e-3, 1, [0.7, 0.3, 0.6], [0.4, 0.5, 0.5])
+    lines = table(MODELS, {"rfa": [result(1e-3, 0, [0.5, 0.1], [0.5, 0.4]), longer]}).splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[2:]}
+    assert cells["| rfa, best step"][2:5] == ["5", "2", "0.6 (0.5 to 0.7)"]
+    assert cells["| rfa, last step"][2:5] == ["12.5 (10 to 15)", "2", "0.35 (0.1 to 0.6)"]
+
+
 def test_target_and_retain_only_are_scored_once(finished, folder):
     file = finished / "results" / "target.json"
     before = file.stat().st_mtime_ns
@@ -206,7 +216,7 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
     forget, retain, new = tiny_rows(3, first=0), tiny_rows(4, first=20), tiny_rows(9, first=60)
     mixed = concatenate_datasets([new.select(range(4)), forget, retain, new.select(range(4, 9))])
     questions = unseen(mixed, forget, retain)["question"]
-    assert questions == [new[0]["question"], new[3]["question"], new[6]["question"]]
+    assert questions == new["question"]
     with pytest.raises(ValueError, match="holdout_dataset: every row"):
         unseen(retain, forget, retain)
 

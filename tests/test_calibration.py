@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
 
-from rfa_llm.calibration import spread
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.data.formats import encode
 
@@ -107,9 +106,3 @@ def test_a_checkpoint_of_another_holdout_set_is_refused(knowing, make_trainer):
     other = make_trainer(config, model=knowing, holdout_dataset=tiny_rows(5, first=45))
     with pytest.raises(ValueError, match="^holdout_dataset: .* resume with the same holdout_dataset"):
         other.train(resume_from_checkpoint=True)
-
-
-def test_long_sets_are_looked_at_in_part():
-    assert spread(tiny_rows(256, 0))["question"] == tiny_rows(256, 0)["question"]
-    rows = tiny_rows(600, 0)
-    assert spread(rows)["question"] == rows["question"][::3]

@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rfa_llm.data.formats import check_disjoint, check_tokenizer, encode, encode_prompt, load_rows, prepare
+from rfa_llm.data.formats import check_disjoint, check_tokenizer, encode, encode_prompt, load_rows, prepare, spread
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 WORDS = [
@@ -194,6 +194,12 @@ def test_check_disjoint_counts_the_shared_rows():
     check_disjoint(encoded("Ada"), encoded("Bo"), "forget_dataset", "retain_dataset")
     with pytest.raises(ValueError, match="^2 rows of forget_dataset.*row 1 of forget_dataset"):
         check_disjoint(encoded("I", "Ada", "Bo"), encoded("Bo", "am", "Ada"), "forget_dataset", "retain_dataset")
+
+
+@pytest.mark.parametrize(("number", "most", "step"), [(3, 5, 1), (5, 5, 1), (9, 5, 1), (10, 5, 2), (14, 5, 2)])
+def test_spread_takes_rows_at_equal_distances(number, most, step):
+    rows = spread(Dataset.from_dict({"row": range(number)}), most)["row"]
+    assert rows == list(range(0, number, step))[:most]
 
 
 def test_check_tokenizer_fills_the_pad_token_only():

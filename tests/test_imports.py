@@ -23,12 +23,21 @@ ALLOWED = {
     "unlearning_trainer": {"blocks", "data", "memory", "checkpoints", "unlearning_config"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
-    "calibration": {"evaluation", "reference"},
+    "calibration": {"data", "evaluation", "reference"},
     "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
     | {"calibration", "checkpoints", "data"},
     "adapters": set(),
     "progress": set(),
-    "benchmark": {"benchmark", "rivals", "trainer", "config", "checkpoints", "evaluation", "progress"},
+    "benchmark": {
+        "benchmark",
+        "rivals",
+        "trainer",
+        "unlearning_trainer",
+        "config",
+        "checkpoints",
+        "evaluation",
+        "progress",
+    },
 }
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .data.formats import spread
 from .evaluation.scores import answer_losses
 from .reference import adapter_off
 
@@ -17,11 +18,6 @@ logger = logging.get_logger(__name__)
 
 # Rows of each set that a look scores at most, spread over the set.
 LOOK_ROWS = 256
-
-
-def spread(rows: Dataset) -> Dataset:
-    """At most `LOOK_ROWS` of the rows, at equal distances."""
-    return rows.select(range(0, len(rows), -(-len(rows) // LOOK_ROWS)))
 
 
 class StopWhenCalibrated(TrainerCallback):
@@ -43,7 +39,7 @@ class StopWhenCalibrated(TrainerCallback):
     """
 
     def __init__(self, forget: Dataset, holdout: Dataset, steps: int, batch_size: int):
-        self._forget, self._holdout = list(spread(forget)), list(spread(holdout))
+        self._forget, self._holdout = list(spread(forget, LOOK_ROWS)), list(spread(holdout, LOOK_ROWS))
         self._steps, self._batch_size = steps, batch_size
         self.look: dict[str, float] = {}
         self._level = 0.0

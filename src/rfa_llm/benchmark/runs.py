@@ -19,6 +19,7 @@ from rfa_llm.evaluation import evaluate_tofu, summary, write_log
 from rfa_llm.progress import bar_alone
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
+from rfa_llm.unlearning_trainer import UnlearningTrainer
 
 # What a run sets by itself.
 OWN = {"save_strategy": "steps", "save_total_limit": 1, "overwrite_output_dir": True, "report_to": "none"}
@@ -82,6 +83,7 @@ def train_and_score(
     model: str,
     forget: Dataset,
     retain: Dataset,
+    holdout: Dataset | None,
     sets: Mapping[str, Dataset],
     result: Path,
     folder: Path,
@@ -93,6 +95,7 @@ def train_and_score(
         run: what to train.
         model: path of the target.
         forget, retain: the sets to train on.
+        holdout: rows that the target never saw, for a run with `stop_at`.
         sets: the questions, as `evaluate_tofu` takes them.
         result: where the result goes.
         folder: where checkpoints and points lie until the result is written; the last adapter stays there.
@@ -109,7 +112,7 @@ def train_and_score(
                 f"results: {result} is of the settings {found}, not {identity}; delete it, or choose another folder."
             )
         return
-    trainer = make_trainer(run, model, forget, retain, str(folder))
+    trainer = make_trainer(run, model, forget, retain, holdout, str(folder))
     points = _Points(folder / "points", trainer.processing_class, sets, scoring)
     trainer.add_callback(points)
     bar_alone(trainer)
@@ -129,7 +132,9 @@ def train_and_score(
     shutil.rmtree(folder / "points")
 
 
-def make_trainer(run: Run, model: str, forget: Dataset, retain: Dataset, output_dir: str):
+def make_trainer(
+    run: Run, model: str, forget: Dataset, retain: Dataset, holdout: Dataset | None, output_dir: str
+) -> UnlearningTrainer:
     """The trainer of a run, RFA's or a rival's.
 
     Raises:
@@ -146,7 +151,9 @@ def make_trainer(run: Run, model: str, forget: Dataset, retain: Dataset, output_
         **OWN,
     }
     if name == "rfa":
-        return RFATrainer(model, RFAConfig(**common, **settings), forget_dataset=forget, retain_dataset=retain)
+        args = RFAConfig(**common, **settings)
+        sets = {"forget_dataset": forget, "retain_dataset": retain}
+        return RFATrainer(model, args, **sets, **({"holdout_dataset": holdout} if args.stop_at else {}))
     if name not in RIVALS:
         raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
     args = RivalConfig(method=name, **common, **settings)

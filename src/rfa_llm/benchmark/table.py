@@ -44,9 +44,12 @@ def best_learning_rate(results: Sequence[dict], target_utility: float) -> float:
 
 
 def best_step(results: Sequence[dict], target_utility: float) -> int:
-    """The step at which a method's runs, one a seed, are best on average (`strength`)."""
-    steps = [point["step"] for point in results[0]["points"]]
-    return max(steps, key=lambda step: fmean(strength(at(one, step)["summary"], target_utility) for one in results))
+    """The step at which a method's runs, one a seed, are best on average (`strength`), of those that all of them
+    have (a run that stops by itself has a last one of its own)."""
+    steps = set.intersection(*({point["step"] for point in one["points"]} for one in results))
+    return max(
+        sorted(steps), key=lambda step: fmean(strength(at(one, step)["summary"], target_utility) for one in results)
+    )
 
 
 def at(result: dict, step: int) -> dict:
@@ -75,11 +78,13 @@ def table(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> 
         lines.append(_row([name, "-", "-", "-"], [result["points"][0]["summary"]], target_utility))
     chosen = []
     for name, results in methods.items():
-        steps = {"best": best_step(results, target_utility), "last": results[0]["points"][-1]["step"]}
-        for which, step in steps.items():
-            summaries = [at(one, step)["summary"] for one in results]
+        best = best_step(results, target_utility)
+        points = {"best": [at(one, best) for one in results], "last": [one["points"][-1] for one in results]}
+        for which, taken in points.items():
+            summaries = [one["summary"] for one in taken]
             score = fmean(strength(one, target_utility) for one in summaries)
-            head = [f"{name}, {which} step", f"{results[0]['run']['learning_rate']:g}", str(step), str(len(results))]
+            steps = _cell([one["step"] for one in taken], "{:g}", fmean)
+            head = [f"{name}, {which} step", f"{results[0]['run']['learning_rate']:g}", steps, str(len(results))]
             chosen.append((which, -score, _row(head, summaries, target_utility)))
     return "\n".join([*lines, *(row for *_, row in sorted(chosen))]) + "\n"
 
@@ -99,6 +104,6 @@ def _row(head: list[str], summaries: Sequence[Mapping[str, float]], target_utili
 
 def _cell(values: Sequence[float], form: str, middle) -> str:
     shown = form.format(middle(values))
-    if len(values) == 1:
+    if min(values) == max(values):
         return shown
     return f"{shown} ({form.format(min(values))} to {form.format(max(values))})"

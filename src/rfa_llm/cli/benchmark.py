@@ -16,7 +16,7 @@ from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.cli.main import USAGE
-from rfa_llm.data.formats import load_rows
+from rfa_llm.data.formats import load_rows, spread
 from rfa_llm.data.tofu import load_tofu
 
 
@@ -67,8 +67,8 @@ class BenchmarkArguments:
     holdout_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Questions and answers, for the membership attacks; what is in the forget or the retain set is "
-            "left out, and as many are taken as the forget set has."
+            "help": "Questions and answers that no model saw; what is in the forget or the retain set is left out. "
+            "One half is for the membership attacks, the other for stop_at; each gives as many as the forget set has."
         },
     )
     target_model: str | None = field(
@@ -136,14 +136,14 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
 
 
 def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
-    """The rows whose questions are in neither set, spread over `rows`, as many as the forget set has at most."""
+    """The rows whose questions are in neither set."""
     trained = {*forget["question"], *retain["question"]}
     indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
     if not indices:
         raise ValueError(
             "holdout_dataset: every row of it is in the forget or the retain set; give rows that are not."
         )
-    return rows.select(indices[:: max(1, len(indices) // len(forget))][: len(forget)])
+    return rows.select(indices)
 
 
 def benchmark(args: BenchmarkArguments) -> str:
@@ -157,8 +157,13 @@ def benchmark(args: BenchmarkArguments) -> str:
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
     sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
+    holdout = None
     if args.holdout_dataset is not None:
-        sets["holdout"] = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
+        # One half is for the membership attacks, the other for what stops by itself, so that it is not scored on what
+        # it has seen.
+        rows = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
+        sets["holdout"] = spread(rows.select(range(0, len(rows), 2)), len(forget))
+        holdout = spread(rows.select(range(1, len(rows), 2)), len(forget))
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder)
@@ -182,7 +187,7 @@ def benchmark(args: BenchmarkArguments) -> str:
         one = Run(name, settings, learning_rate, seed, args.max_steps, args.points)
         file = results / f"{run_name(one)}.json"
         print(f"\n{run_name(one)}{' (done)' if file.exists() else ''}", flush=True)
-        train_and_score(one, target, forget, retain, sets, file, folder / "runs" / run_name(one), scoring)
+        train_and_score(one, target, forget, retain, holdout, sets, file, folder / "runs" / run_name(one), scoring)
         return _read(file)
 
     methods: dict[str, list[dict]] = {}

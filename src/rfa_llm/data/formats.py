@@ -194,6 +194,11 @@ def check_disjoint(one: Dataset, other: Dataset, field: str, other_field: str) -
         )
 
 
+def spread(rows: Dataset, most: int) -> Dataset:
+    """At most `most` of the rows, at equal distances."""
+    return rows.select(range(0, len(rows), max(1, len(rows) // most))[:most])
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that answers can end and rows can be padded; a missing pad token becomes the eos token, as in trl.
 
