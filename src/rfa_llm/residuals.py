@@ -56,8 +56,8 @@ def block_features(model: nn.Module, blocks: Sequence[nn.Module], **inputs: torc
         One tensor `[rows, tokens, hidden]` a block, in the model's dtype, with its graph where gradients are on.
     """
     with capture(blocks) as features:
-        # One position is enough for the logits, which nobody reads.
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        # Nobody reads the logits, so no position is projected on the vocabulary.
+        model(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.int64))
     return features
 
 

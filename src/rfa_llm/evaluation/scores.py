@@ -123,7 +123,8 @@ def _batch_scores(
     if shared:
         different = list(dict.fromkeys(prompts))
         ids = torch.tensor([prompt[:-1] for prompt in different], device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        nothing = torch.empty(0, dtype=torch.int64)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=nothing)
         cache.reorder_cache(torch.tensor([different.index(prompt) for prompt in prompts], device=model.device))
 
     width = max(len(answer) for answer in answers)
@@ -273,7 +274,8 @@ def _batch_answers(
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # As an index: of a slice, not contiguous, the CPU's bfloat16 product copies all the weights a row.
+            logits_to_keep=torch.tensor([-1]),
             **({"position_ids": positions} if takes_positions else {}),
         ).logits
         tokens = logits[:, -1].argmax(-1)
