@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         tiny_llama(**config).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     draw = random.Random(0)
-    for name, number in (("forget", 24), ("retain", 36)):
+    for name, number in (("forget", 24), ("retain", 36), ("holdout", 6)):
         rows = []
         for i in range(number):
             words = [f"w{draw.randrange(52)}" for _ in range(draw.choice([1, 2, 5, 40]))]
@@ -183,6 +183,28 @@ def test_the_mixed_precision_of_the_configuration_works(mode, folder, tmp_path):
 def test_every_shift_under_every_mode(mode, shift, folder, tmp_path):
     alone = one_process(folder, tmp_path / "alone", shift=shift)
     assert_same_run(two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", shift=shift), alone, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["fsdp2", "zero3", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
+)
+def test_looks_at_the_answers_are_the_same_everywhere(mode, folder, tmp_path):
+    settings = {"stop_at": "calibrated", "calibration_steps": 2, "holdout_dataset": folder / "holdout.jsonl"}
+    alone = one_process(folder, tmp_path / "alone", **settings)
+    both = two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", **settings)
+    ours, theirs = (
+        [
+            (entry["step"], entry["forget_answer_loss"], entry["holdout_answer_loss"])
+            for entry in json.loads((path / "trainer_state.json").read_text())["log_history"]
+            if "forget_answer_loss" in entry
+        ]
+        for path in (both, alone)
+    )
+    # Where one of them stops, the other does.
+    assert len(ours) == len(theirs) > 0
+    for our, their in zip(ours, theirs, strict=True):
+        assert our == pytest.approx(their, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "zero3"])

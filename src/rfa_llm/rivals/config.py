@@ -37,7 +37,8 @@ class RivalConfig(UnlearningConfig):
             `METHODS`.
         retain_weight (`float`, *optional*): Weight of the retain loss, 0 or more, likewise.
         npo_beta (`float`, defaults to `0.1`): Inverse temperature β of NPO, positive (arXiv 2404.05868).
-        simnpo_beta (`float`, defaults to `4.5`): β of SimNPO, positive (arXiv 2410.07163, TOFU; OpenUnlearning).
+        simnpo_beta (`float`, defaults to `4.5`): β of SimNPO, positive (arXiv 2410.07163, its authors' repository for
+            TOFU forget10; OpenUnlearning).
         simnpo_gamma (`float`, defaults to `0.0`): Reward margin γ of SimNPO, 0 or more (likewise).
         dpo_beta (`float`, defaults to `0.1`): β of IdkDPO, positive (OpenUnlearning).
         blocks (`list[int]`, *optional*): Decoder blocks whose output RMU (one) and circuit breakers (one or more)

@@ -17,8 +17,8 @@ def nll(logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | i
     """`−mean_t log π(y_t | y_<t)`, the language model's own loss.
 
     Gradient ascent is `−L_forget`, gradient difference `−L_forget + L_retain` (Liu, Liu, Stone, "Continual Learning
-    and Private Unlearning", arXiv 2203.12817; for language models Maini et al., "TOFU", arXiv 2401.06121, section 4),
-    and IdkNLL, TOFU's "preference optimization", `L_idk + L_retain`.
+    and Private Unlearning", arXiv 2203.12817; for language models a baseline of Maini et al., "TOFU", arXiv
+    2401.06121), and IdkNLL, TOFU's "preference optimization", `L_idk + L_retain`.
 
     Args:
         logits: `[n, vocab]` where each token is predicted.
@@ -32,9 +32,9 @@ def kl(reference_logits: torch.Tensor, logits: torch.Tensor, num_tokens: torch.T
     """`mean_t KL(p_t ‖ π_t)` over next-token distributions, with `p` from `reference_logits`.
 
     On retain rows with `p = π₀` it is the retain loss of KL minimization, whose forget loss is gradient ascent
-    (Maini et al., "TOFU", arXiv 2401.06121, section 4), and of ASU. On forget rows with `p` from the adapter-off model
-    under smoothed attention it is ASU's forget loss (Zare Zade et al., "Attention Smoothing Is All You Need For
-    Unlearning", arXiv 2603.01285), which the paper averages within each row first.
+    (a baseline of Maini et al., "TOFU", arXiv 2401.06121), and of ASU. On forget rows with `p` from the
+    adapter-off model under smoothed attention it is ASU's forget loss (Zare Zade et al., "Attention Smoothing Is All
+    You Need For Unlearning", arXiv 2603.01285), which the paper averages within each row first.
 
     Args:
         reference_logits, logits: `[n, vocab]`.
@@ -62,8 +62,8 @@ def npo(
 ) -> torch.Tensor:
     """`−(2/β) · mean log σ(−β log(π(y|x) / π₀(y|x)))` over forget rows.
 
-    Zhang, Lin, Bai, Mei, "Negative Preference Optimization", arXiv 2404.05868, equation 3; with the retain rows' NLL
-    beside it, it is the paper's NPO+RT.
+    Zhang, Lin, Bai, Mei, "Negative Preference Optimization", arXiv 2404.05868, its NPO objective; with the
+    retain rows' NLL beside it, it is the paper's NPO+RT.
 
     Args:
         log_probs, reference_log_probs: `log π(y|x)` and `log π₀(y|x)`, `[rows]`.
@@ -100,9 +100,9 @@ def dpo(
 ) -> torch.Tensor:
     """`−(2/β) · mean log σ(β log(π(y_w|x) / π₀(y_w|x)) − β log(π(y_l|x) / π₀(y_l|x)))`.
 
-    Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, equation 7, with "I don't know" as the chosen
-    answer `y_w` and the forget row's as the rejected one `y_l`. The factor 2/β, which that paper does not have, is
-    OpenUnlearning's: it makes NPO the same loss without the chosen answer.
+    Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, its objective, with "I don't know" as the
+    chosen answer `y_w` and the forget row's as the rejected one `y_l`. The factor 2/β, which that paper does not have,
+    is OpenUnlearning's: it makes NPO the same loss without the chosen answer.
 
     Args:
         chosen, reference_chosen: `log π` and `log π₀` of the chosen answers, `[rows]`.
@@ -139,7 +139,7 @@ def undial(
 def rmu(features: torch.Tensor, target: torch.Tensor, num_tokens: torch.Tensor | int) -> torch.Tensor:
     """`mean_t ‖h_t − target‖² / hidden`: a block's output on the way to a target.
 
-    Li et al., "The WMDP Benchmark", arXiv 2403.03218, section 4 (RMU): on forget rows the target is `c·u` with a fixed
+    Li et al., "The WMDP Benchmark", arXiv 2403.03218, RMU: on forget rows the target is `c·u` with a fixed
     random direction `u`, on retain rows the reference's own output `h⁰_t`. The mean over the hidden dimension is the
     authors' code's.
 
