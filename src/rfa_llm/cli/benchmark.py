@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -150,6 +151,9 @@ def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table."""
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
+    if args.demo_models:
+        # As in the demo: matrices this small are not worth sharing.
+        torch.set_num_threads(1)
     folder = Path(args.output_dir)
     results = Path(args.results_dir or folder / "results")
     # The demo's data is made with its models; data that is given is read before hours of training.
