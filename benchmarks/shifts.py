@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "tofu800_shifts"
 RECIPE = ROOT.parent / "configs" / "tofu800.yaml"
 # What each run changes of the recipe. The default shift has a second seed, and tries with a stronger retain loss and
-# with a higher learning rate; the other shifts, to spare two cores, have half of the recipe's steps.
+# with higher learning rates; the other shifts, to spare two cores, have half of the recipe's steps.
 RUNS = {
     "local_seed0": {"shift": "local", "seed": 0, "max_steps": 90},
     "local_seed1": {"shift": "local", "seed": 1, "max_steps": 90},
@@ -34,6 +34,8 @@ RUNS = {
     "local_alpha8_120_seed0": {"shift": "local", "seed": 0, "max_steps": 120, "alpha": 8.0},
     "local_lr2e-3_60_seed0": {"shift": "local", "seed": 0, "max_steps": 60, "learning_rate": 2e-3},
     "local_lr2e-3_60_seed1": {"shift": "local", "seed": 1, "max_steps": 60, "learning_rate": 2e-3},
+    "local_lr3e-3_45_seed0": {"shift": "local", "seed": 0, "max_steps": 45, "learning_rate": 3e-3},
+    "local_lr3e-3_45_seed1": {"shift": "local", "seed": 1, "max_steps": 45, "learning_rate": 3e-3},
     **{f"{shift}_seed0": {"shift": shift, "seed": 0, "max_steps": 45} for shift in SHIFTS if shift != "local"},
 }
 
