@@ -98,15 +98,17 @@ def table() -> str:
     columns = list(results[first[0]]["summary"])
     target_utility = results["target"]["summary"]["model_utility"]
     lines = [
-        f"| model | alpha | steps | {' | '.join(columns).replace('_', ' ')} | utility / target's |",
-        "| --- |" + " ---: |" * (len(columns) + 3),
+        f"| model | alpha | learning rate | steps | {' | '.join(columns).replace('_', ' ')} | utility / target's |",
+        "| --- |" + " ---: |" * (len(columns) + 4),
     ]
     for name in [*first, *rest]:
         row = results[name]["summary"]
         cells = [f"{row[column]:.3g}" if column == "forget_quality" else f"{row[column]:.3f}" for column in columns]
-        alpha, steps = (results[name]["settings"].get(field, "-") for field in ("alpha", "max_steps"))
+        settings = [
+            str(results[name]["settings"].get(field, "-")) for field in ("alpha", "learning_rate", "max_steps")
+        ]
         cells.append(f"{row['model_utility'] / target_utility:.3f}")
-        lines.append(f"| {name} | {alpha} | {steps} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join([*settings, *cells])} |")
     return "\n".join(lines)
 
 

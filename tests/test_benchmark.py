@@ -197,11 +197,16 @@ def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
 
 
 def test_runs_that_stop_by_themselves_have_each_its_own_last_step():
+    def rows(*results):
+        return {line.split(" | ")[0]: line.split(" | ") for line in table(MODELS, {"rfa": results}).splitlines()[2:]}
+
     longer = result(1e-3, 1, [0.7, 0.3, 0.6], [0.4, 0.5, 0.5])
-    lines = table(MODELS, {"rfa": [result(1e-3, 0, [0.5, 0.1], [0.5, 0.4]), longer]}).splitlines()
-    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[2:]}
+    cells = rows(result(1e-3, 0, [0.5, 0.1], [0.5, 0.4]), longer)
     assert cells["| rfa, best step"][2:5] == ["5", "2", "0.6 (0.5 to 0.7)"]
     assert cells["| rfa, last step"][2:5] == ["12.5 (10 to 15)", "2", "0.35 (0.1 to 0.6)"]
+    # One that has stopped stays as it is.
+    cells = rows(result(1e-3, 0, [0.5], [0.5]), {**longer, "points": longer["points"][1:]})
+    assert cells["| rfa, best step"][2:5] == ["10 (5 to 15)", "2", "0.55 (0.5 to 0.6)"]
 
 
 def test_target_and_retain_only_are_scored_once(finished, folder):
@@ -217,7 +222,7 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
     mixed = concatenate_datasets([new.select(range(4)), forget, retain, new.select(range(4, 9))])
     questions = unseen(mixed, forget, retain)["question"]
     assert questions == new["question"]
-    with pytest.raises(ValueError, match="holdout_dataset: every row"):
+    with pytest.raises(ValueError, match="holdout_dataset: 0 of its 4 rows are in neither"):
         unseen(retain, forget, retain)
 
 
@@ -226,6 +231,10 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
     [
         ({"methods": None}, "methods: none is given"),
         ({"methods": {"rfa": {"alpha": 1.0}}}, "methods: 'rfa' is .* give it a `trainer`"),
+        (
+            {"methods": {"rfa": {"trainer": "rfa", "stop_at": "calibrated"}}},
+            "holdout_dataset: none is given, and 'rfa' has stop_at='calibrated'",
+        ),
         ({"only": ["nop"]}, r"only: \['nop'\] are not among the methods"),
         ({"points": 3}, "points: 3 does not divide max_steps=4"),
         ({"seeds": []}, "learning_rates, seeds: both need at least one"),

@@ -196,10 +196,12 @@ def test_check_disjoint_counts_the_shared_rows():
         check_disjoint(encoded("I", "Ada", "Bo"), encoded("Bo", "am", "Ada"), "forget_dataset", "retain_dataset")
 
 
-@pytest.mark.parametrize(("number", "most", "step"), [(3, 5, 1), (5, 5, 1), (9, 5, 1), (10, 5, 2), (14, 5, 2)])
-def test_spread_takes_rows_at_equal_distances(number, most, step):
-    rows = spread(Dataset.from_dict({"row": range(number)}), most)["row"]
-    assert rows == list(range(0, number, step))[:most]
+@pytest.mark.parametrize(
+    ("number", "taken"),
+    [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 3, 5, 7]), (10, [0, 2, 4, 6, 8]), (14, [0, 2, 5, 8, 11])],
+)
+def test_spread_reaches_over_all_rows(number, taken):
+    assert spread(Dataset.from_dict({"row": range(number)}), 5)["row"] == taken
 
 
 def test_check_tokenizer_fills_the_pad_token_only():

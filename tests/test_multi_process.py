@@ -16,6 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from rfa_llm.cli import unlearn
+from rfa_llm.evaluation import answer_losses
 from rfa_llm.shifts import SHIFTS
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +40,17 @@ def folder(tmp_path_factory):
         tiny_llama(**config).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     draw = random.Random(0)
-    for name, number in (("forget", 24), ("retain", 36), ("holdout", 6)):
+    for name, number in (("forget", 24), ("retain", 36)):
         rows = []
         for i in range(number):
             words = [f"w{draw.randrange(52)}" for _ in range(draw.choice([1, 2, 5, 40]))]
             rows.append({"question": f"{name} w{i} w{draw.randrange(52)} ?", "answer": " ".join(words)})
         Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
+    # The words that the untrained model finds least likely.
+    rows = [{"question": "holdout w0 ?", "answer": f"w{word}"} for word in range(52)]
+    losses = answer_losses(tiny_llama(), tiny_tokenizer(), rows)
+    unlikely = sorted(range(52), key=lambda word: -losses[word])[:6]
+    Dataset.from_list([rows[word] for word in unlikely]).to_json(folder / "holdout.jsonl")
     return folder
 
 
@@ -201,8 +207,7 @@ def test_looks_at_the_answers_are_the_same_everywhere(mode, folder, tmp_path):
         ]
         for path in (both, alone)
     )
-    # Where one of them stops, the other does.
-    assert len(ours) == len(theirs) > 0
+    assert len(ours) > 1
     for our, their in zip(ours, theirs, strict=True):
         assert our == pytest.approx(their, rel=1e-5)
 

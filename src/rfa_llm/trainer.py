@@ -169,10 +169,11 @@ class RFATrainer(UnlearningTrainer):
         }
 
     def log(self, logs, start_time=None):
-        """Add the last look of the calibration to what is logged."""
-        if self._calibration is not None:
-            # In place, because `train` returns the last of these dicts as the run's metrics.
+        """Add a look of the calibration to the log of its step, and the last one to the summary at the end."""
+        if self._calibration is not None and (self._calibration.is_new or "train_runtime" in logs):
+            # In place, because `train` returns the summary as the run's metrics.
             logs.update(self._calibration.look)
+            self._calibration.is_new = False
         super().log(logs, start_time)
 
     # ---- the method ----

@@ -44,17 +44,15 @@ def best_learning_rate(results: Sequence[dict], target_utility: float) -> float:
 
 
 def best_step(results: Sequence[dict], target_utility: float) -> int:
-    """The step at which a method's runs, one a seed, are best on average (`strength`), of those that all of them
-    have (a run that stops by itself has a last one of its own)."""
-    steps = set.intersection(*({point["step"] for point in one["points"]} for one in results))
-    return max(
-        sorted(steps), key=lambda step: fmean(strength(at(one, step)["summary"], target_utility) for one in results)
-    )
+    """The step at which a method's runs, one a seed, are best on average (`strength`)."""
+    first = max(one["points"][0]["step"] for one in results)
+    steps = sorted({point["step"] for one in results for point in one["points"] if point["step"] >= first})
+    return max(steps, key=lambda step: fmean(strength(at(one, step)["summary"], target_utility) for one in results))
 
 
 def at(result: dict, step: int) -> dict:
-    """A result's point at a step."""
-    return next(point for point in result["points"] if point["step"] == step)
+    """A result's point at a step: the last one up to it, for a run that stopped by itself stays as it is."""
+    return [point for point in result["points"] if point["step"] <= step][-1]
 
 
 def table(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> str:

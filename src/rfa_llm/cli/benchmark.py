@@ -17,7 +17,7 @@ from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.cli.main import USAGE
-from rfa_llm.data.formats import load_rows, spread
+from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 
 
@@ -69,7 +69,7 @@ class BenchmarkArguments:
         default=None,
         metadata={
             "help": "Questions and answers that no model saw; what is in the forget or the retain set is left out. "
-            "One half is for the membership attacks, the other for stop_at; each gives as many as the forget set has."
+            "Of what is left, as many as the forget set has are for the membership attacks, and as many for stop_at."
         },
     )
     target_model: str | None = field(
@@ -94,6 +94,11 @@ class BenchmarkArguments:
         for name, settings in self.methods.items():
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
+            if settings.get("stop_at") is not None and self.holdout_dataset is None:
+                raise ValueError(
+                    f"holdout_dataset: none is given, and {name!r} has stop_at={settings['stop_at']!r}; give rows "
+                    "that no model saw."
+                )
         unknown = sorted(set(self.only or ()) - set(self.methods))
         if unknown:
             raise ValueError(f"only: {unknown} are not among the methods {list(self.methods)}; name some of those.")
@@ -140,9 +145,10 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
     """The rows whose questions are in neither set."""
     trained = {*forget["question"], *retain["question"]}
     indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
-    if not indices:
+    if len(indices) < 2:
         raise ValueError(
-            "holdout_dataset: every row of it is in the forget or the retain set; give rows that are not."
+            f"holdout_dataset: {len(indices)} of its {len(rows)} rows are in neither the forget nor the retain set; "
+            "give at least two that are not."
         )
     return rows.select(indices)
 
@@ -163,11 +169,12 @@ def benchmark(args: BenchmarkArguments) -> str:
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
     holdout = None
     if args.holdout_dataset is not None:
-        # One half is for the membership attacks, the other for what stops by itself, so that it is not scored on what
-        # it has seen.
+        # Some rows are for the membership attacks, others for what stops by itself, so that it is not scored on what
+        # it has seen. Drawn, because TOFU asks every author the same kinds of question in the same order.
         rows = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
-        sets["holdout"] = spread(rows.select(range(0, len(rows), 2)), len(forget))
-        holdout = spread(rows.select(range(1, len(rows), 2)), len(forget))
+        rows = rows.shuffle(seed=0, keep_in_memory=True)
+        number = min(len(forget), len(rows) // 2)
+        sets["holdout"], holdout = rows.select(range(number)), rows.select(range(number, 2 * number))
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder)

@@ -195,8 +195,9 @@ def check_disjoint(one: Dataset, other: Dataset, field: str, other_field: str) -
 
 
 def spread(rows: Dataset, most: int) -> Dataset:
-    """At most `most` of the rows, at equal distances."""
-    return rows.select(range(0, len(rows), max(1, len(rows) // most))[:most])
+    """At most `most` of the rows, spread evenly over all of them."""
+    number = min(most, len(rows))
+    return rows.select([index * len(rows) // number for index in range(number)])
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

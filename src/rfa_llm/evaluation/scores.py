@@ -274,7 +274,7 @@ def _batch_answers(
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=True,
-            # As an index: of a slice, not contiguous, the CPU's bfloat16 product copies all the weights a row.
+            # 1 would make a slice, for which the CPU's bfloat16 product copies the head's weights once a row.
             logits_to_keep=torch.tensor([-1]),
             **({"position_ids": positions} if takes_positions else {}),
         ).logits

@@ -168,7 +168,7 @@ class RivalTrainer(UnlearningTrainer):
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             use_cache=False,
-            # As indices: of a slice, which is not contiguous, the CPU's bfloat16 product copies all the weights a row.
+            # A number would make a slice, for which the CPU's bfloat16 product copies the head's weights once a row.
             logits_to_keep=torch.arange(first, counted.shape[1]),
         ).logits
         labels = inputs["input_ids"].roll(-1, dims=1)
