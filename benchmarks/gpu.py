@@ -134,9 +134,9 @@ def step_flops(config: LlamaConfig, count: dict[str, int], rows: int, tokens: in
     - forward: `F + 2A` on every row;
     - backward: `2P + 8·L·a·T + 4A` on every row, for the frozen weights give no weight gradient.
 
-    The head reads one position a row, `2·V·h` in each forward and never in the backward pass. What gradient
-    checkpointing computes a second time is not counted. A little too much is counted for the backward pass of the
-    first block, whose input needs no gradient: `2·h·(a + 2k + 3r)` a token, `k` = key-value heads · head_dim.
+    No position is projected on the vocabulary. What gradient checkpointing computes a second time is not counted. A
+    little too much is counted for the backward pass of the first block, whose input needs no gradient:
+    `2·h·(a + 2k + 3r)` a token, `k` = key-value heads · head_dim.
 
     Args:
         config: The model's config.
@@ -146,12 +146,11 @@ def step_flops(config: LlamaConfig, count: dict[str, int], rows: int, tokens: in
     """
     p, adapter = count["linear"], count["adapter"]
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
-    head = 2 * config.vocab_size * config.hidden_size
     forget, both = rows * tokens, 2 * rows * tokens
     return {
-        "reference": both * (2 * p + attention) + 2 * rows * head,
-        "local": forget * (2 * p + attention) + rows * head,
-        "forward": both * (2 * p + attention + 2 * adapter) + 2 * rows * head,
+        "reference": both * (2 * p + attention),
+        "local": forget * (2 * p + attention),
+        "forward": both * (2 * p + attention + 2 * adapter),
         "backward": both * (2 * p + 2 * attention + 4 * adapter),
     }
 
