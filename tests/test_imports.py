@@ -22,7 +22,11 @@ ALLOWED = {
     "reference": {"blocks", "residuals", "feature_cache"},
     "memory": set(),
     "checkpoints": {"unlearning_config", "memory"},
-    "unlearning_trainer": {"adapters", "blocks", "data", "memory", "checkpoints", "unlearning_config"},
+    "receipt": {"checkpoints", "data.formats", "evaluation", "unlearning_config"},
+    "card": set(),
+    "hub": {"card", "receipt", "data.formats"},
+    "unlearning_trainer": {"adapters", "blocks", "data", "memory", "checkpoints", "unlearning_config"}
+    | {"card", "hub", "receipt", "reference"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
     "calibration": {"data", "evaluation", "reference"},
@@ -38,6 +42,7 @@ ALLOWED = {
         "checkpoints",
         "evaluation",
         "progress",
+        "receipt",
     },
 }
 

@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .memory import held_values
+from .memory import gathered
 from .unlearning_config import UnlearningConfig
 
 # Written last of all, so a folder that has it is whole.
@@ -27,6 +27,8 @@ FREE = {
     "reference_cache",
     "reference_cache_dir",
     "reference_cache_gb",
+    "forgotten",
+    "hub_base_model",
 }
 # Inherited settings that a resumed Trainer would drop without a word: it goes on with the checkpoint's own.
 KEPT = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "bf16", "fp16")
@@ -84,21 +86,37 @@ def run_fingerprint(
     }
 
 
-def base_model_digest(model: PeftModel) -> str:
-    """SHA-256 over the base model's quantization, and name, dtype and first values of each of its parameters.
+def base_model_digest(model: PreTrainedModel | PeftModel, reads: bool = True) -> str:
+    """SHA-256 over the whole base model as it is loaded: its quantization, and name, dtype, shape and every
+    byte of each of its tensors.
 
-    Every fine-tuning moves every weight matrix, so a few values a parameter tell two models apart, and a model of any
-    size is told in a moment. Where ZeRO-3 has cut the parameters up, the first process holds their first values.
+    It reads one tensor after the other, about a gigabyte a second. A model says the same with an adapter on it and
+    without; it says something else in another dtype, or quantized otherwise.
+
+    Args:
+        model: Alone, or with an adapter that trains. Under ZeRO-3 every process has to call this together.
+        reads: Whether this process has the values, and should read them.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits, without a meaning where `reads` is off.
     """
-    base = model.get_base_model()
-    parts = [base.config.to_dict().get("quantization_config")]
-    for name, parameter in base.named_parameters():
-        if parameter.requires_grad:
+    has_adapter = isinstance(model, PeftModel)
+    base = model.get_base_model() if has_adapter else model
+    quantization = base.config.to_dict().get("quantization_config")
+    whole = hashlib.sha256(json.dumps(quantization, default=str).encode())
+    # With the scales of quantized weights, which are no parameters.
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if has_adapter and tensor.requires_grad:
             continue
-        values = held_values(parameter)[-1]
-        first = values.flatten()[:16].float().cpu().tolist()
-        parts.append((name, str(values.dtype), first))
-    return digest(json.dumps(parts, default=str))
+        with gathered(tensor) as values:
+            if not reads:
+                continue
+            # peft puts a level of its own between a layer and its weights.
+            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            whole.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+            # numpy has no bfloat16, so bytes are what it gets.
+            whole.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{whole.hexdigest()}"
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:

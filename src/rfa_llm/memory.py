@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -25,6 +27,19 @@ def held_values(parameter: nn.Parameter) -> list[torch.Tensor]:
         if is_zero_param(parameter):
             return [parameter.data, parameter.ds_tensor]
     return [parameter.data]
+
+
+@contextmanager
+def gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The whole of a tensor inside the context, also of a parameter that ZeRO-3 has cut up; all processes together."""
+    if not is_deepspeed_zero3_enabled():
+        yield tensor
+        return
+    from deepspeed.zero import GatheredParameters
+
+    # It leaves alone what is not cut up.
+    with GatheredParameters([tensor]):
+        yield tensor
 
 
 def base_model_bytes(model: nn.Module) -> int:

@@ -85,6 +85,7 @@ class RFATrainer(UnlearningTrainer):
         FloatingPointError: From `train`, when a loss is not finite; the last good adapter is on disk by then.
     """
 
+    method = "rfa"
     _never_finite_mend = "load the model in float32 or bfloat16, or choose another shift"
 
     def __init__(
@@ -146,7 +147,6 @@ class RFATrainer(UnlearningTrainer):
         return super()._make_pairs(args, forget, retain, forget_rows, processing_class)
 
     def _before_model(self, args, model, config, forget, retain, pad_token_id):
-        self._sets = {"forget": forget, "retain": retain}
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
         if self.shift is None and args.shift == "ignorant":
             if not isinstance(model, str):

@@ -25,6 +25,9 @@ class UnlearningConfig(TrainingArguments):
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained` where the model is an id or
             path. `dtype` is `"auto"` unless given.
         overwrite_output_dir (`bool`, defaults to `False`): Whether to write over an adapter in `output_dir`.
+        forgotten (`str`, *optional*): For the model card: what is forgotten, in your own words, without a row or a
+            name of the forget set. `push_to_hub` needs it.
+        hub_base_model (`str`, *optional*): Hub id of the base, where the model is loaded from a folder.
 
     Raises:
         ValueError: A setting out of its range; the sentence names the setting, the value and the range.
@@ -48,6 +51,10 @@ class UnlearningConfig(TrainingArguments):
         default=False, metadata={"help": "Not needed: every weight of the adapter gets a gradient in each step."}
     )
 
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay so: checkpoints hold more than the public may see."}
+    )
+
     # Rows and model.
     forget_tokens: str = field(
         default="answer",
@@ -62,6 +69,13 @@ class UnlearningConfig(TrainingArguments):
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write over an adapter that the output directory already holds."}
+    )
+    forgotten: str | None = field(
+        default=None,
+        metadata={"help": "For the model card: what is forgotten, in your own words, without rows or names."},
+    )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base for push_to_hub, where the model is loaded from a folder."}
     )
 
     def __post_init__(self):
@@ -86,6 +100,11 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError(
                 f"save_strategy, save_only_model: {str(self.save_strategy)!r} and {self.save_only_model} would leave "
                 "no checkpoint to go on from; use 'steps' or 'epoch', and leave save_only_model off."
+            )
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy: {str(self.hub_strategy)!r} would put up adapters that have not forgotten yet, and "
+                "checkpoints; leave it 'end'."
             )
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             # DeepSpeed refuses a launch file and arguments that differ.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -27,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .adapters import computing_in_model_dtype
 from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
+from .card import TAGS, Words, model_card
 from .checkpoints import (
     METHOD_STATE_NAME,
     base_model_digest,
@@ -37,7 +41,10 @@ from .checkpoints import (
 )
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
+from .hub import CARD_NAME, base_on_hub, check_private, check_words, hub_sentences, publish
 from .memory import base_model_bytes, held_values, peak_bytes, start_peak
+from .receipt import answer_figures, make_receipt, new_salt, public_name, write_receipt
+from .reference import adapter_off
 from .unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
@@ -49,6 +56,7 @@ class UnlearningTrainer(Trainer):
     The base weights never move, and the reference is the same model with its adapter off. A method may override
     `_before_data`, `_make_pairs`, `_before_model`, `_last_adapted_block`, `_check_model`, `_make_collator`,
     `_count_tokens`, `_method_fingerprint`, `_method_state` and `_load_method_state`; `__init__` calls the first six.
+    `method` is its name.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
@@ -71,7 +79,8 @@ class UnlearningTrainer(Trainer):
         FloatingPointError: From `train`, when a loss is not finite; the last good adapter is on disk by then.
     """
 
-    _tag_names = ["rfa-llm", "unlearning"]
+    method: str
+    _tag_names = TAGS
     # `compute_loss` divides by the tokens of the whole global step, accumulation included.
     loss_is_scaled_for_ga = True
     # What helps where not even the first loss is finite.
@@ -118,12 +127,18 @@ class UnlearningTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, **source)
         check_tokenizer(processing_class)
-        forget_rows = load_rows(forget_dataset, "forget_dataset")
-        forget = prepare(forget_rows, processing_class, "forget_dataset", args.max_length)
-        retain = prepare(
-            load_rows(retain_dataset, "retain_dataset"), processing_class, "retain_dataset", args.max_length
+        forget_rows, retain_rows = (
+            load_rows(rows, field)
+            for rows, field in ((forget_dataset, "forget_dataset"), (retain_dataset, "retain_dataset"))
         )
+        forget = prepare(forget_rows, processing_class, "forget_dataset", args.max_length)
+        retain = prepare(retain_rows, processing_class, "retain_dataset", args.max_length)
         check_disjoint(forget, retain, "forget_dataset", "retain_dataset")
+        self._rows = {"forget": forget_rows, "retain": retain_rows}
+        self._sets = {"forget": forget, "retain": retain}
+        if args.push_to_hub:
+            # Before hours of training, not after.
+            self._words(args, name)
         pairs = self._make_pairs(args, forget, retain, forget_rows, processing_class)
         if args.train_sampling_strategy == "group_by_length":
             pairs.group_by_length()
@@ -153,6 +168,8 @@ class UnlearningTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._sums_since_step = 0
         self._good_step, self._good_adapter = -1, {}
+        self._salt = new_salt()
+        self._figures_step, self._figures = 0, {}
 
     # ---- what a method may override ----
 
@@ -289,7 +306,7 @@ class UnlearningTrainer(Trainer):
             for value, good in zip(held_values(parameter), self._good_adapter[name], strict=True):
                 value.copy_(good)
         folder = Path(self.args.output_dir) / LAST_GOOD_NAME
-        super().save_model(str(folder))
+        super().save_model(str(folder), _internal_call=True)
         raise FloatingPointError(
             f"{what}; the adapter as it was when the losses were last finite (after step {self._good_step}) is in "
             f"{folder}; lower learning_rate."
@@ -298,26 +315,162 @@ class UnlearningTrainer(Trainer):
     # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
+        """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads, with its model card and its receipt.
+
+        The receipt's salt, `_forget_salt.txt`, lies beside them; keep it private. With `args.push_to_hub` the four
+        files of `rfa_llm.hub.files_to_publish` go up too.
 
         Args:
             output_dir: The folder; by default `args.output_dir`.
 
         Raises:
             FloatingPointError: The last step left the adapter not finite; the last good one is on disk.
+            ValueError, PermissionError, ConnectionError: As `push_to_hub`; the adapter is on disk.
         """
+        folder = self.args.output_dir if output_dir is None else output_dir
         values = [value for _, p in self._adapter() for value in held_values(p)]
         bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
         if self.accelerator.reduce(bad, "sum"):
             self._stop(f"The adapter is not finite after step {self.state.global_step}")
-        super().save_model(output_dir, _internal_call)
+        super().save_model(folder, _internal_call=True)
+        # Checkpoints are saved by an internal call.
+        if not _internal_call:
+            self._write_papers(folder)
+            if self.args.push_to_hub:
+                self._publish(folder, self._words(self.args, self._base_name()), "Model save")
+
+    def _write_papers(self, folder: str) -> None:
+        """Put the receipt and the card beside a saved adapter."""
+        figures = self._answer_figures()
+        if not self.args.should_save:
+            return
+        receipt = make_receipt(
+            self.args,
+            self.method,
+            self._method_fingerprint(),
+            self._peft_model().get_base_model(),
+            self._peft_model().active_peft_config.revision,
+            self._fingerprint["base_model"],
+            folder,
+            self.state.global_step,
+            self._rows,
+            self._salt,
+            figures,
+        )
+        write_receipt(folder, receipt, self._salt)
+        base_model = self.args.hub_base_model or public_name(self._base_name())
+        words = Words(forgotten=self.args.forgotten, base_model=base_model)
+        card = model_card(receipt, words, Path(folder).absolute().name)
+        (Path(folder) / CARD_NAME).write_text(str(card), encoding="utf-8")
+
+    def _answer_figures(self) -> dict[str, dict[str, float]]:
+        """What is said of the answers "before" and "after", once a step; nothing where this run has not trained."""
+        if self._figures_step != self.state.global_step:
+            batch_size = 2 * self.args.per_device_train_batch_size
+            with adapter_off(self._peft_model()):
+                before = answer_figures(self.model, self._sets, batch_size)
+            self._figures = {"before": before, "after": answer_figures(self.model, self._sets, batch_size)}
+            self._figures_step = self.state.global_step
+        return self._figures
+
+    # ---- publishing ----
+
+    def _base_name(self) -> str:
+        return self._peft_model().get_base_model().config.name_or_path
+
+    def _words(
+        self,
+        args: UnlearningConfig,
+        base_name: str,
+        forgotten: str | None = None,
+        base_model: str | None = None,
+        **more,
+    ) -> Words:
+        """What is said in the place of the settings, or they say, checked."""
+        words = Words(forgotten or args.forgotten, base_on_hub(base_model or args.hub_base_model, base_name), **more)
+        check_words(words)
+        check_private({"what you say was forgotten": words.forgotten.encode()}, self._rows["forget"])
+        return words
+
+    def _publish(
+        self,
+        folder: str,
+        words: Words,
+        commit_message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        return publish(
+            folder,
+            self.hub_model_id,
+            words,
+            forget_rows=self._rows["forget"],
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            blocking=blocking,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in [`~transformers.Trainer.init_hf_repo`]; what the Hub refuses is said in one sentence.
+
+        Raises:
+            PermissionError, ConnectionError: The Hub refuses the token, or does not answer.
+        """
+        with hub_sentences(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(token=token, private=private)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        forgotten: str | None = None,
+        base_model: str | None = None,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+        evaluations: dict[str, dict[str, float]] | None = None,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the adapter in `args.output_dir` and put it on the Hub as `args.hub_model_id`, with card and receipt.
+
+        Only the adapter, its configuration, the card and the receipt go up; nothing else of `output_dir` does.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in [`~transformers.Trainer.push_to_hub`].
+            forgotten: What was forgotten, in your own words; by default `args.forgotten`.
+            base_model: Hub id of the base; by default `args.hub_base_model`, or the model's own where it is one.
+            datasets, license, evaluations: For the card, as in `rfa_llm.card.Words`.
+
+        Returns:
+            The commit, or a `Future` of it where not `blocking`; `None` in processes other than the first.
+
+        Raises:
+            ValueError: Nothing is said of what was forgotten, or in words of the forget set, or the base is a folder.
+            PermissionError: The Hub refuses the token.
+            ConnectionError: The connection was lost; the repository is as it was.
+        """
+        more = {"datasets": list(datasets), "license": license, "evaluations": evaluations or {}}
+        words = self._words(self.args, self._base_name(), forgotten, base_model, **more)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self._write_papers(self.args.output_dir)
+        return self._publish(self.args.output_dir, words, commit_message, blocking, token, revision, private)
 
     def _adapter(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
         # Only the first process is sure to have the base model's values (FSDP may leave the others without).
-        digest = [base_model_digest(self.model) if self.accelerator.is_main_process else None]
+        digest = [base_model_digest(self.model, reads=self.accelerator.is_main_process)]
         return run_fingerprint(
             self.args,
             self._peft_model().active_peft_config,

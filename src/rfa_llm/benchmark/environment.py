@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
+from rfa_llm.receipt import versions
 
 
 def environment(*more: str) -> dict:
@@ -17,7 +16,7 @@ def environment(*more: str) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
     return {
-        "versions": {package: version(package) for package in (*PACKAGES, *more)},
+        "versions": versions(*more),
         "machine": {
             "cpu": names[0] if names else platform.processor(),
             "cores": os.cpu_count(),

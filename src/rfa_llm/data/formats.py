@@ -121,6 +121,26 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
     raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
 
 
+def content(row: dict) -> dict:
+    """The columns of a row that `encode` reads; others, such as ids or sources, are left out.
+
+    Raises:
+        ValueError: no format's columns are there.
+    """
+    for columns in FORMATS:
+        if all(column in row for column in columns):
+            return {column: row[column] for column in columns}
+    raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
+
+
+def texts(row: dict) -> list[str]:
+    """All the text of a row's content, turn by turn where it is a conversation."""
+    found = []
+    for value in content(row).values():
+        found += [value] if isinstance(value, str) else [turn["content"] for turn in value]
+    return found
+
+
 def encode_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the row's prompt alone, exactly those `encode` puts before the answer."""
     encoded = encode(row, tokenizer)

@@ -43,7 +43,6 @@ class AnswerScore:
         return float(self.token_losses.mean())
 
 
-@torch.no_grad()
 def answer_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,7 +69,14 @@ def answer_scores(
     Raises:
         ValueError: a row is in none of the formats, or a loss is NaN.
     """
-    encoded = [encode(row, tokenizer) for row in rows]
+    return encoded_answer_scores(model, [encode(row, tokenizer) for row in rows], batch_size, moments, desc)
+
+
+@torch.no_grad()
+def encoded_answer_scores(
+    model: PreTrainedModel, encoded: Sequence[dict], batch_size: int, moments: bool, desc: str
+) -> list[AnswerScore]:
+    """`answer_scores` of rows that are token ids already, from `encode` or `rfa_llm.data.formats.prepare`."""
     prompts = [tuple(row["input_ids"][: row["answer_start"]]) for row in encoded]
     answers = [row["input_ids"][row["answer_start"] :] for row in encoded]
     longest: dict[tuple[int, ...], int] = {}
@@ -82,9 +88,9 @@ def answer_scores(
     def length(index: int) -> tuple:
         return len(prompts[index]), longest[prompts[index]], prompts[index], len(answers[index])
 
-    order = sorted(range(len(rows)), key=length, reverse=True)
-    scores: list[AnswerScore | None] = [None] * len(rows)
-    with _evaluating(model), tqdm(total=len(rows), desc=desc, delay=2) as progress:
+    order = sorted(range(len(encoded)), key=length, reverse=True)
+    scores: list[AnswerScore | None] = [None] * len(encoded)
+    with _evaluating(model), tqdm(total=len(encoded), desc=desc, delay=2) as progress:
         for _, group in groupby(order, key=lambda i: len(prompts[i])):
             group = list(group)
             for begin in range(0, len(group), batch_size):

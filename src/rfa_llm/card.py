@@ -1,0 +1,184 @@
+"""The model card of an adapter: its front matter for the Hub, and what a reader has to know before using it.
+
+It is made of the receipt and of the publisher's own words; nothing in it comes from the forget set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+# Of every adapter made here; the Hub lists models by them.
+TAGS = ["rfa-llm", "unlearning", "lora"]
+METHODS = {"rfa": "Residual Feature Alignment ([arXiv 2411.08443](https://arxiv.org/abs/2411.08443))"}
+# Beginning of a metric's name in a summary -> the questions that it was taken over; by default the forget set's.
+QUESTIONS = {
+    "retain": "retain set",
+    "real_authors": "real authors",
+    "world_facts": "world facts",
+    "model_utility": "retain set, real authors and world facts",
+}
+
+
+@dataclass
+class Words:
+    """What the publisher says of an adapter.
+
+    Args:
+        forgotten: What was forgotten, in the publisher's own words.
+        base_model: Hub id of the base.
+        datasets: Hub ids of the datasets that the card names.
+        license: As in https://huggingface.co/docs/hub/repositories-licenses.
+        evaluations: "before" (the base), "after" (with the adapter) and "retain_only" -> the summary of an evaluation
+            log (`rfa_llm.evaluation.summary`); each may be missing.
+    """
+
+    forgotten: str | None
+    base_model: str
+    datasets: list[str] = field(default_factory=list)
+    license: str | None = None
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def model_card(receipt: dict, words: Words, name: str) -> ModelCard:
+    """The card of an adapter.
+
+    Args:
+        receipt: Of its run.
+        words: What its publisher says.
+        name: Where it is loaded from: its Hub id, or its folder's name.
+    """
+    data = ModelCardData(
+        base_model=words.base_model,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        datasets=words.datasets or None,
+        license=words.license,
+        model_name=name,
+        eval_results=_eval_results(words) or None,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(receipt, words, name)}")
+
+
+def _eval_results(words: Words) -> list[EvalResult]:
+    """The adapter's figures in the Hub's form, a line each."""
+    results = []
+    for metric, value in words.evaluations.get("after", {}).items():
+        questions = next((name for start, name in QUESTIONS.items() if metric.startswith(start)), "forget set")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=words.datasets[0] if words.datasets else "private",
+                dataset_name=questions,
+                metric_type=metric,
+                metric_name=metric.replace("_", " "),
+                metric_value=value,
+            )
+        )
+    return results
+
+
+def _text(receipt: dict, words: Words, name: str) -> str:
+    settings = "\n".join(f"| {setting} | {value} |" for setting, value in receipt["settings"].items())
+    revision = receipt["base_model"]["revision"]
+    at_revision = f', revision="{revision}"' if revision else ""
+    method = METHODS.get(receipt["method"], f"`{receipt['method']}`")
+    return f"""# {name}
+
+A LoRA adapter for `{words.base_model}` that makes it forget. Made with `rfa-llm`.
+
+**What was forgotten**, in the publisher's words: {words.forgotten or "not said."}
+
+**The base model still knows it.** The adapter covers the knowledge and does not take it out of the base's weights:
+whoever switches the adapter off, or never loads it, has the old model. Before you hand weights out, or let others
+choose whether the adapter is on, merge it into the base and give out the merged model alone.
+
+## Figures
+
+{_figures(receipt, words)}
+
+## How to load it
+
+With transformers and peft:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = "{words.base_model}"
+model = AutoModelForCausalLM.from_pretrained(base{at_revision}, dtype="{receipt["base_model"]["dtype"]}")
+model = PeftModel.from_pretrained(model, "{name}")
+tokenizer = AutoTokenizer.from_pretrained(base{at_revision})
+```
+
+{_quantization(receipt)}Merged, as one model without a switch (the safe way to hand it on):
+
+```bash
+rfa-llm merge --adapter_name_or_path {name} --sample_dataset rows-to-compare-on.jsonl --output_dir merged
+```
+
+With vLLM, where a request that does not name the adapter is answered by the base; serve the merged model if that must
+not happen:
+
+```bash
+vllm serve {words.base_model} --enable-lora --max-lora-rank 64 --lora-modules forgotten={name}
+```
+
+## How it was made
+
+{method}, {receipt["settings"]["steps"]} steps over {receipt["forget"]["rows"]} rows to forget and
+{receipt["retain"]["rows"]} to keep.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+## Limits
+
+- Unlearning is approximate. What was forgotten may come back under other questions than those it was tested with,
+  after further fine-tuning, or in another precision than it was trained in (`{receipt["base_model"]["dtype"]}`).
+- The figures say what a few metrics saw on a few sets of questions; they are no proof that nothing is left.
+- The adapter itself may tell somebody who studies it what kind of thing was forgotten.
+
+## Receipt
+
+`forget_receipt.json` holds the hashes of the base's weights and of the adapter, the settings, and a salted hash of
+each row of the request. With the salt, which is not published, whoever holds a row can prove that it was in the
+request: `rfa-llm verify`.
+"""
+
+
+def _figures(receipt: dict, words: Words) -> str:
+    """A table of before, after and retain-only; what the training itself measured where no evaluation is named."""
+    tables = []
+    if words.evaluations:
+        tables.append(_table(words.evaluations))
+    if "after" in receipt["metrics"]:
+        tables.append(
+            "Mean loss of the answers, in nats a token, over some rows of the two sets as they were trained on:\n\n"
+            + _table(receipt["metrics"])
+        )
+    return "\n\n".join(tables) or "None were taken."
+
+
+def _table(columns: dict[str, dict[str, float]]) -> str:
+    titles = {"before": "before (base)", "after": "after (this adapter)", "retain_only": "never saw it (retain-only)"}
+    shown = {titles[name]: column for name in titles if (column := columns.get(name)) is not None}
+    metrics = list(dict.fromkeys(metric for column in shown.values() for metric in column))
+    lines = [f"| metric | {' | '.join(shown)} |", f"| --- |{' ---: |' * len(shown)}"]
+    for metric in metrics:
+        values = [f"{column[metric]:.4g}" if metric in column else "-" for column in shown.values()]
+        lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _quantization(receipt: dict) -> str:
+    if receipt["base_model"]["quantization"] is None:
+        return ""
+    return (
+        "It was trained on a quantized base: load the base with the `quantization` of `forget_receipt.json`, or it "
+        "forgets less than was measured.\n\n"
+    )

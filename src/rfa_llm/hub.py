@@ -1,0 +1,184 @@
+"""Publishing an adapter on the Hugging Face Hub: four files in one commit, and nothing else that lies beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .card import Words, model_card
+from .data.formats import texts
+from .receipt import RECEIPT_NAME, adapter_digests, as_text, read_receipt, sealed
+
+CARD_NAME = "README.md"
+# Shorter pieces of the forget set, such as "yes" or a year, may stand anywhere.
+SHORTEST_PRIVATE = 12
+
+
+def base_on_hub(named: str | None, own: str | None) -> str:
+    """The Hub id of an adapter's base.
+
+    Args:
+        named: What the publisher calls it, if at all.
+        own: What the adapter calls it.
+
+    Raises:
+        ValueError: That is a folder, or no Hub id.
+    """
+    base_model = named or own or ""
+    try:
+        validate_repo_id(base_model)
+        found = bool(named) or not Path(base_model).exists()
+    except ValueError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"base_model: {base_model!r} is no Hub id, and others have no such folder; give the Hub id of the same "
+            "weights (--base_model, or --hub_base_model in the training)."
+        )
+    return base_model
+
+
+def check_words(words: Words) -> None:
+    """Check that a card can be published with these words.
+
+    Raises:
+        ValueError: What was forgotten is not said.
+    """
+    if not (words.forgotten or "").strip():
+        raise ValueError(
+            "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
+            "forget set."
+        )
+
+
+def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str, bytes | Path]:
+    """What goes up, by name: the adapter, its configuration with the base's Hub id, the receipt and the card.
+
+    Nothing else in the folder does: neither the salt nor checkpoints, logs, caches and training arguments.
+
+    Raises:
+        ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of.
+    """
+    folder = Path(folder)
+    receipt = read_receipt(folder)
+    if adapter_digests(folder) != receipt["adapter"]:
+        raise ValueError(
+            f"folder: the adapter in {str(folder)!r} is not the one of its {RECEIPT_NAME}; publish them as they were "
+            "saved together."
+        )
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if config["base_model_name_or_path"] != words.base_model:
+        # A revision of another repository.
+        config["revision"] = None
+    config["base_model_name_or_path"] = words.base_model
+    if words.evaluations:
+        receipt = sealed({**receipt, "metrics": {**receipt["metrics"], "evaluation": words.evaluations}})
+    return {
+        CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        SAFETENSORS_WEIGHTS_NAME: folder / SAFETENSORS_WEIGHTS_NAME,
+        RECEIPT_NAME: as_text(receipt).encode(),
+        CARD_NAME: str(model_card(receipt, words, repo_id)).encode(),
+    }
+
+
+def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
+    """Check that no text of the forget set of `SHORTEST_PRIVATE` characters or more is in what goes up.
+
+    Args:
+        files: From `files_to_publish`.
+        rows: The forget set, in a format of `rfa_llm.data.formats.encode`.
+
+    Raises:
+        ValueError: Some is; the sentence names the file and the row, and does not repeat the text.
+    """
+    contents = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    # Case and line breaks do not make another text of it.
+    contents = {name: _flat(content.decode("utf-8", errors="ignore")) for name, content in contents.items()}
+    for number, row in enumerate(rows):
+        for text in texts(row):
+            for name, content in contents.items():
+                if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
+                    raise ValueError(
+                        f"forgotten: text of row {number} of the forget set is in {name}, which everybody could read; "
+                        "say it in other words."
+                    )
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    words: Words,
+    forget_rows: Iterable[dict] = (),
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish the adapter",
+    blocking: bool = True,
+) -> CommitInfo | Future[CommitInfo]:
+    """Put an adapter on the Hub, in one commit: a reader finds all of it or nothing. A missing repository is made.
+
+    Args:
+        folder: Of the adapter and its receipt.
+        repo_id: Such as "me/adapter".
+        words: For the card.
+        forget_rows: If given, it is checked that none of their text goes up.
+        private: Whether a repository that is made is private.
+        token: Of the Hub; by default the one of `hf auth login`.
+        revision: The branch; by default main.
+        commit_message: Of the commit.
+        blocking: Whether to wait for the end.
+
+    Raises:
+        ValueError: Bad input; nothing has gone up.
+        PermissionError: The Hub refuses the token, or there is no such repository for it.
+        ConnectionError: The connection was lost; the repository is as it was, and the same call may be made again.
+    """
+    check_words(words)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
+    files = files_to_publish(folder, repo_id, words)
+    check_private(files, forget_rows)
+    api = HfApi(token=token)
+    with hub_sentences(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, run_as_future=not blocking
+        )
+
+
+@contextmanager
+def hub_sentences(repo_id: str) -> Iterator[None]:
+    """Turn the many lines of a failed request to the Hub into one sentence.
+
+    Raises:
+        PermissionError, ConnectionError: As in `publish`.
+    """
+    try:
+        yield
+    except (HTTPError, RuntimeError) as error:
+        # Uploads of large files wrap what went wrong.
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+            raise PermissionError(
+                f"token: the Hub refuses to let it write to {repo_id!r} ({cause.response.status_code}: "
+                f"{cause.server_message or 'no reason given'}); log in with `hf auth login`, or set HF_TOKEN to a "
+                "token with write access there."
+            ) from error
+        what = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ConnectionError(
+            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); nothing was changed there, "
+            "so run the same command again."
+        ) from error

@@ -1,0 +1,224 @@
+"""The receipt of a run: what was asked, of which weights, and what came of it, without a word of the sets.
+
+    forget_receipt.json   beside the adapter; may be published
+    _forget_salt.txt      beside it too; private: whoever has it can test guesses against the hashes of the rows
+
+With the salt and a row one can prove that the row was in the request. Without the salt its hash says nothing, not even
+to somebody who guesses the row: it is HMAC-SHA256 (RFC 2104) under a key of 256 random bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import platform
+import secrets
+from collections.abc import Iterable
+from dataclasses import fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+from datasets import Dataset
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import PreTrainedModel, TrainingArguments
+
+from .checkpoints import FREE, KEPT, ORDER, PLACE
+from .data.formats import content, spread
+from .evaluation.scores import encoded_answer_scores
+from .unlearning_config import UnlearningConfig
+
+RECEIPT_NAME = "forget_receipt.json"
+# transformers' own `push_to_hub` leaves out names that begin with an underscore, as ours does.
+SALT_NAME = "_forget_salt.txt"
+PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
+# Inherited settings that say how much was trained.
+LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+# Rows of each set that the receipt's figures are taken over, spread over the set.
+FIGURE_ROWS = 64
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that a result depends on, and of `more`."""
+    return {package: version(package) for package in (*PACKAGES, *more)}
+
+
+def public_name(name: str) -> str:
+    """A model's id as it is; of a folder only its own name, for the path would tell of the machine."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+# ---- the sets ----
+
+
+def new_salt() -> str:
+    """64 hexadecimal digits, from the system's source of secrets."""
+    return secrets.token_hex(32)
+
+
+def read_salt(path: str | os.PathLike) -> str:
+    """The salt in a file.
+
+    Raises:
+        ValueError: There is no such file, or no salt in it.
+    """
+    salt = Path(path).read_text(encoding="utf-8").strip() if Path(path).is_file() else ""
+    if len(salt) != 64 or set(salt) - set("0123456789abcdef"):
+        raise ValueError(f"salt: {str(path)!r} is no file with 64 hexadecimal digits; give the run's {SALT_NAME}.")
+    return salt
+
+
+def row_hash(row: dict, salt: str) -> str:
+    """HMAC-SHA256 of a row's content (`rfa_llm.data.formats.content`) as JSON with sorted keys, 64 digits."""
+    text = json.dumps(content(row), sort_keys=True, ensure_ascii=False)
+    return hmac.new(bytes.fromhex(salt), text.encode(), hashlib.sha256).hexdigest()
+
+
+def set_hash(rows: Iterable[dict], salt: str) -> str:
+    """SHA-256 over the sorted `row_hash`es of a set, so that the order of its rows does not count."""
+    return hashlib.sha256("\n".join(sorted(row_hash(row, salt) for row in rows)).encode()).hexdigest()
+
+
+# ---- the adapter and the figures ----
+
+
+def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
+    """SHA-256 of an adapter's weights file, and of its configuration but for what says where its base lies.
+
+    Raises:
+        ValueError: The folder holds no adapter in safetensors.
+    """
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"folder: {str(folder)!r} has no {name}; give the folder that `rfa-llm unlearn` wrote.")
+    weights = hashlib.sha256()
+    with (Path(folder) / SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
+        while block := file.read(1 << 20):
+            weights.update(block)
+    config = PeftConfig.from_pretrained(folder).to_dict()
+    config = {name: value for name, value in config.items() if name not in PLACE}
+    text = json.dumps(config, sort_keys=True, default=sorted)
+    return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def answer_figures(model: PreTrainedModel, sets: dict[str, Dataset], batch_size: int) -> dict[str, float]:
+    """What a model makes of the sets' answers.
+
+    Args:
+        model: With its adapter on or off.
+        sets: Name -> rows from `rfa_llm.data.formats.prepare`; `FIGURE_ROWS` of them are scored.
+        batch_size: Answers scored at a time.
+
+    Returns:
+        `{name}_answer_loss`: mean over the rows of the mean cross-entropy of the answer's tokens, in nats.
+    """
+    figures = {}
+    for name, rows in sets.items():
+        scores = encoded_answer_scores(model, list(spread(rows, FIGURE_ROWS)), batch_size, False, f"{name}: losses")
+        figures[f"{name}_answer_loss"] = fmean(score.loss for score in scores)
+    return figures
+
+
+# ---- the receipt ----
+
+
+def make_receipt(
+    args: UnlearningConfig,
+    method: str,
+    overrides: dict[str, str],
+    model: PreTrainedModel,
+    revision: str | None,
+    base_digest: str,
+    folder: str,
+    steps: int,
+    rows: dict[str, Dataset],
+    salt: str,
+    figures: dict[str, dict[str, float]],
+) -> dict:
+    """What `forget_receipt.json` holds.
+
+    Args:
+        args: The run's settings; the method's own, the seeds and what says how long it trained are kept.
+        method: Its name.
+        overrides: What stands for the setting of the same name, such as the blocks that were chosen.
+        model: The base model.
+        revision: That it was asked for in.
+        base_digest: From `rfa_llm.checkpoints.base_model_digest`.
+        folder: With the adapter, which has been saved.
+        steps: That were trained.
+        rows: "forget" and "retain", as they were given.
+        salt: From `new_salt`.
+        figures: "before" and "after", each from `answer_figures`; empty where they are not known.
+    """
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = sorted({field.name for field in fields(args)} - inherited - FREE)
+    values = args.to_dict()
+    settings = {name: overrides.get(name, values[name]) for name in [*own, *KEPT, *ORDER, *LENGTH]}
+    settings = {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
+    quantization = model.config.to_dict().get("quantization_config")
+    return sealed(
+        {
+            "format": 1,
+            "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {**versions(), "python": platform.python_version()},
+            "base_model": {
+                "name": public_name(model.config.name_or_path),
+                "revision": revision,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
+                # Over every byte of the weights as they were loaded, not over a sample.
+                "weights": base_digest,
+            },
+            "adapter": adapter_digests(folder),
+            "method": method,
+            "settings": {**settings, "world_size": args.world_size, "steps": steps},
+            "forget": {"rows": len(rows["forget"]), "row_hashes": [row_hash(row, salt) for row in rows["forget"]]},
+            "retain": {"rows": len(rows["retain"]), "hash": set_hash(rows["retain"], salt)},
+            "metrics": figures,
+        }
+    )
+
+
+def sealed(receipt: dict) -> dict:
+    """The receipt with its own SHA-256 last: over all else, as JSON with sorted keys."""
+    bare = {name: value for name, value in receipt.items() if name != "sha256"}
+    return {**bare, "sha256": hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()}
+
+
+def as_text(receipt: dict) -> str:
+    return json.dumps(receipt, indent=2) + "\n"
+
+
+def write_receipt(folder: str | os.PathLike, receipt: dict, salt: str) -> None:
+    """Write the receipt, and its salt for the owner's eyes alone, each whole or not at all."""
+    for name, text in ((SALT_NAME, f"{salt}\n"), (RECEIPT_NAME, as_text(receipt))):
+        part = Path(folder) / f".{name}.part"
+        part.unlink(missing_ok=True)
+        part.touch(mode=0o600 if name == SALT_NAME else 0o666)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, Path(folder) / name)
+
+
+def read_receipt(folder: str | os.PathLike) -> dict:
+    """The receipt beside an adapter, which is what its own hash says.
+
+    Raises:
+        ValueError: There is none, or it was changed after it had been written.
+    """
+    path = Path(folder) / RECEIPT_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"folder: {str(folder)!r} has no {RECEIPT_NAME}; give the folder that `rfa-llm unlearn` wrote."
+        )
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        intact = receipt["sha256"] == sealed(receipt)["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"folder: {path} is no receipt ({error!r}); give the file as it was written.") from error
+    if not intact:
+        raise ValueError(f"folder: {path} is not what its own hash says; give the file as it was written.")
+    return receipt
