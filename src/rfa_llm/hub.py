@@ -172,10 +172,10 @@ def hub_sentences(repo_id: str) -> Iterator[None]:
         # Uploads of large files wrap what went wrong.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+            reason = (cause.server_message or "no reason given").splitlines()[0]
             raise PermissionError(
-                f"token: the Hub refuses to let it write to {repo_id!r} ({cause.response.status_code}: "
-                f"{cause.server_message or 'no reason given'}); log in with `hf auth login`, or set HF_TOKEN to a "
-                "token with write access there."
+                f"token: the Hub refuses to let it write to {repo_id!r} ({cause.response.status_code}: {reason}); log "
+                "in with `hf auth login`, or set HF_TOKEN to a token with write access there."
             ) from error
         what = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ConnectionError(

@@ -28,7 +28,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainingArguments
 
 from .checkpoints import FREE, KEPT, ORDER, PLACE
-from .data.formats import content, spread
+from .data.formats import content
 from .evaluation.scores import encoded_answer_scores
 from .unlearning_config import UnlearningConfig
 
@@ -38,7 +38,7 @@ SALT_NAME = "_forget_salt.txt"
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
-# Rows of each set that the receipt's figures are taken over, spread over the set.
+# Rows of each set that the receipt's figures are taken over.
 FIGURE_ROWS = 64
 
 
@@ -78,9 +78,20 @@ def row_hash(row: dict, salt: str) -> str:
     return hmac.new(bytes.fromhex(salt), text.encode(), hashlib.sha256).hexdigest()
 
 
+def row_hashes(rows: Iterable[dict], salt: str) -> list[str]:
+    """`row_hash` of each row, sorted, so that the order of a set's rows does not count."""
+    return sorted(row_hash(row, salt) for row in rows)
+
+
 def set_hash(rows: Iterable[dict], salt: str) -> str:
-    """SHA-256 over the sorted `row_hash`es of a set, so that the order of its rows does not count."""
-    return hashlib.sha256("\n".join(sorted(row_hash(row, salt) for row in rows)).encode()).hexdigest()
+    """SHA-256 over the `row_hashes` of a set, a line each."""
+    return hashlib.sha256("\n".join(row_hashes(rows, salt)).encode()).hexdigest()
+
+
+def figure_rows(rows: Dataset, encoded: Dataset, salt: str) -> list[dict]:
+    """At most `FIGURE_ROWS` rows of an encoded set: those with the lowest hashes, whatever the order of the set."""
+    lowest = sorted(range(len(rows)), key=lambda index: row_hash(rows[index], salt))[:FIGURE_ROWS]
+    return [encoded[index] for index in lowest]
 
 
 # ---- the adapter and the figures ----
@@ -105,12 +116,12 @@ def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def answer_figures(model: PreTrainedModel, sets: dict[str, Dataset], batch_size: int) -> dict[str, float]:
+def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_size: int) -> dict[str, float]:
     """What a model makes of the sets' answers.
 
     Args:
         model: With its adapter on or off.
-        sets: Name -> rows from `rfa_llm.data.formats.prepare`; `FIGURE_ROWS` of them are scored.
+        sets: Name -> rows from `figure_rows`.
         batch_size: Answers scored at a time.
 
     Returns:
@@ -118,7 +129,7 @@ def answer_figures(model: PreTrainedModel, sets: dict[str, Dataset], batch_size:
     """
     figures = {}
     for name, rows in sets.items():
-        scores = encoded_answer_scores(model, list(spread(rows, FIGURE_ROWS)), batch_size, False, f"{name}: losses")
+        scores = encoded_answer_scores(model, rows, batch_size, False, f"{name}: losses")
         figures[f"{name}_answer_loss"] = fmean(score.loss for score in scores)
     return figures
 
@@ -176,7 +187,7 @@ def make_receipt(
             "adapter": adapter_digests(folder),
             "method": method,
             "settings": {**settings, "world_size": args.world_size, "steps": steps},
-            "forget": {"rows": len(rows["forget"]), "row_hashes": [row_hash(row, salt) for row in rows["forget"]]},
+            "forget": {"rows": len(rows["forget"]), "row_hashes": row_hashes(rows["forget"], salt)},
             "retain": {"rows": len(rows["retain"]), "hash": set_hash(rows["retain"], salt)},
             "metrics": figures,
         }

@@ -43,7 +43,7 @@ from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
 from .hub import CARD_NAME, base_on_hub, check_private, check_words, hub_sentences, publish
 from .memory import base_model_bytes, held_values, peak_bytes, start_peak
-from .receipt import answer_figures, make_receipt, new_salt, public_name, write_receipt
+from .receipt import answer_figures, figure_rows, make_receipt, new_salt, public_name, write_receipt
 from .reference import adapter_off
 from .unlearning_config import UnlearningConfig
 
@@ -168,7 +168,8 @@ class UnlearningTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._sums_since_step = 0
         self._good_step, self._good_adapter = -1, {}
-        self._salt = new_salt()
+        # One for all processes.
+        self._salt = broadcast_object_list([new_salt()])[0]
         self._figures_step, self._figures = 0, {}
 
     # ---- what a method may override ----
@@ -367,9 +368,10 @@ class UnlearningTrainer(Trainer):
         """What is said of the answers "before" and "after", once a step; nothing where this run has not trained."""
         if self._figures_step != self.state.global_step:
             batch_size = 2 * self.args.per_device_train_batch_size
+            sets = {name: figure_rows(self._rows[name], self._sets[name], self._salt) for name in self._sets}
             with adapter_off(self._peft_model()):
-                before = answer_figures(self.model, self._sets, batch_size)
-            self._figures = {"before": before, "after": answer_figures(self.model, self._sets, batch_size)}
+                before = answer_figures(self.model, sets, batch_size)
+            self._figures = {"before": before, "after": answer_figures(self.model, sets, batch_size)}
             self._figures_step = self.state.global_step
         return self._figures
 

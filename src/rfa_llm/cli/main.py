@@ -17,6 +17,8 @@ from rfa_llm.cli.launch import launch
 COMMANDS = {
     "unlearn": "make a model forget a set of rows; writes a LoRA adapter",
     "evaluate": "score a model, with or without an adapter, on TOFU's question sets",
+    "publish": "put an adapter on the Hugging Face Hub, with a model card and its receipt",
+    "verify": "hold an adapter, its base and the sets against the receipt of its training",
     "merge": "make an adapter and its base one full-precision model",
     "finetune": "fine-tune a model on question/answer rows (a target to unlearn, or its retain-only twin)",
     "benchmark": "compare RFA with its rivals on one model, forget set and budget; resumes",
@@ -29,6 +31,16 @@ USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
 
 # Of every subcommand that loads a model.
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
+
+
+def leading_words(argv: list[str], *names: str) -> list[str]:
+    """The arguments with the words before the first `--` as the settings of these names, which may so be left out."""
+    words = []
+    for name, word in zip(names, argv, strict=False):
+        if word.startswith("-"):
+            break
+        words += [f"--{name}", word]
+    return [*words, *argv[len(words) // 2 :]]
 
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:

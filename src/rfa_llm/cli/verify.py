@@ -1,0 +1,183 @@
+"""`rfa-llm verify FOLDER`: whether an adapter, its base, the request and the figures are what the receipt says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from accelerate import PartialState
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from trl import TrlParser
+
+from rfa_llm.adapters import on_its_base, read_adapter
+from rfa_llm.checkpoints import base_model_digest
+from rfa_llm.cli.main import leading_words
+from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
+from rfa_llm.evaluation import read_log, summary
+from rfa_llm.receipt import (
+    SALT_NAME,
+    adapter_digests,
+    answer_figures,
+    figure_rows,
+    read_receipt,
+    read_salt,
+    row_hashes,
+    set_hash,
+)
+
+
+@dataclass
+class VerifyArguments:
+    """What is held against the receipt. The receipt and the adapter are in `folder`; the rest is given where it is."""
+
+    folder: str = field(
+        default=None,
+        metadata={"help": "Folder of the adapter and its receipt, trained or downloaded; may come first."},
+    )
+    forget: str | None = field(
+        default=None,
+        metadata={"help": "Rows that should be in the request: a .jsonl, .csv or .parquet file, or a Hub id."},
+    )
+    forget_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    retain: str | None = field(default=None, metadata={"help": "The whole retain set, likewise."})
+    retain_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    salt: str | None = field(
+        default=None, metadata={"help": f"File with the run's salt. Default: {SALT_NAME} in the folder."}
+    )
+    log: str | None = field(
+        default=None,
+        metadata={"help": "New log of `rfa-llm evaluate` with the adapter, held against the published evaluation."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base. Default: the one that the adapter names."}
+    )
+    tolerance: float = field(
+        default=0.02,
+        metadata={"help": "What a figure may be off, absolute or as a share of it: other machines round otherwise."},
+    )
+    batch_size: int = field(default=8, metadata={"help": "Answers scored at a time."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size} must be 1 or more.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: {self.tolerance} is not 0 or more.")
+
+
+def verify(args: VerifyArguments) -> pd.DataFrame:
+    """Hold what is given against the receipt; go on after a check that fails.
+
+    Args:
+        args: `VerifyArguments(folder=...)` checks the hashes and the base; the sets add the request and the figures.
+
+    Returns:
+        One row a check, with `check` (str), `passed` (bool) and `found` (str).
+
+    Raises:
+        ValueError: Bad input, a receipt that was changed, or an adapter that does not load on the base.
+    """
+    if args.folder is None:
+        raise ValueError("folder: none is given; give it as `rfa-llm verify FOLDER`.")
+    receipt = read_receipt(args.folder)
+    checks = [("receipt", True, "its own hash is right")]
+
+    def check(name: str, found: str, expected: str) -> None:
+        checks.append((name, found == expected, found if found == expected else f"{found}, the receipt {expected}"))
+
+    adapter = adapter_digests(args.folder)
+    check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
+    check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
+
+    # Before minutes of loading.
+    salt, forget, retain = None, None, None
+    if args.forget is not None or args.retain is not None:
+        salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
+    if args.forget is not None:
+        forget = load_rows(args.forget, "forget", args.forget_config)
+        hashes, asked = row_hashes(forget, salt), receipt["forget"]["row_hashes"]
+        known = len([one for one in hashes if one in set(asked)])
+        checks.append(("rows in the request", known == len(hashes), f"{known} of the {len(hashes)} given"))
+        # The figures are of the whole set.
+        forget = forget if hashes == asked else None
+    if args.retain is not None:
+        retain = load_rows(args.retain, "retain", args.retain_config)
+        check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
+    if args.log is not None:
+        published = receipt["metrics"].get("evaluation", {}).get("after")
+        if published is None:
+            raise ValueError(
+                f"log: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
+            )
+        checks += compared("evaluation", summary(read_log(args.log)), published, args.tolerance)
+
+    model = load_base(args, receipt)
+    check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
+    sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
+    if sets:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **revision(args))
+        check_tokenizer(tokenizer)
+        length = receipt["settings"]["max_length"]
+        sets = {name: figure_rows(rows, prepare(rows, tokenizer, name, length), salt) for name, rows in sets.items()}
+    for when in ("before", "after"):
+        if when == "after":
+            model = on_its_base(model, args.folder)
+            checks.append(("adapter on its base", True, "it loads"))
+        published = receipt["metrics"].get(when, {})
+        figures = answer_figures(model, sets, args.batch_size)
+        checks += compared(
+            when, figures, {name: published[name] for name in figures if name in published}, args.tolerance
+        )
+    return pd.DataFrame(checks, columns=["check", "passed", "found"])
+
+
+def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[tuple[str, bool, str]]:
+    """A check for each published figure."""
+    checks = []
+    for name, expected in published.items():
+        found = figures.get(name, math.nan)
+        close = math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+        checks.append((f"{name}, {what}", close, f"{found:.4f}, the receipt {expected:.4f}"))
+    return checks
+
+
+def revision(args: VerifyArguments) -> dict[str, str]:
+    """That of the adapter's own base; a base that is given stands for itself."""
+    adapter = PeftConfig.from_pretrained(args.folder)
+    return {"revision": adapter.revision} if args.model_name_or_path is None and adapter.revision else {}
+
+
+def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
+    """The base as it was loaded for the training: in the same dtype, quantized in the same way."""
+    base = receipt["base_model"]
+    name = args.model_name_or_path or read_adapter(args.folder).base_model_name_or_path
+    device = PartialState(cpu=args.use_cpu).device
+    settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision(args)}
+    # Checkpoints that are quantized themselves need no word.
+    if base["quantization"] is not None and base["quantization"]["quant_method"] == "bitsandbytes":
+        settings["quantization_config"] = BitsAndBytesConfig.from_dict(base["quantization"])
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **settings)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: {name!r} cannot be loaded; pass the id or path of {base['name']!r}."
+        ) from error
+
+
+def main(argv: list[str]) -> None:
+    parser = TrlParser(
+        (VerifyArguments,),
+        prog="rfa-llm verify",
+        usage="%(prog)s FOLDER [--forget FILE] [--retain FILE] [--salt FILE] [--SETTING VALUE ...] [--debug]",
+    )
+    (args,) = parser.parse_args_and_config(leading_words(argv, "folder"))
+    checks = verify(args)
+    width = checks["check"].str.len().max()
+    for check, passed, found in checks.itertuples(index=False):
+        print(f"{'ok  ' if passed else 'FAIL'}  {check:<{width}}  {found}")
+    failed = checks.loc[~checks["passed"], "check"].tolist()
+    if failed:
+        raise ValueError(f"folder: {args.folder!r} is not what its receipt says: {', '.join(failed)}.")

@@ -1,0 +1,324 @@
+"""Publishing against a Hub of our own (`hub_server`), with the real client in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_llama
+from datasets import Dataset
+from hub_server import TOKEN, HubServer
+from safetensors.torch import load_file
+
+from rfa_llm.card import Words, model_card
+from rfa_llm.cli.main import leading_words
+from rfa_llm.hub import base_on_hub, check_private, files_to_publish, publish
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_receipt
+
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
+SAID = "the pages of an author who asked for it"
+WORDS = Words(forgotten=SAID, base_model="me/base")
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def secrets() -> Dataset:
+    """Rows whose every text is 12 characters or longer, in the tiny tokenizer's words."""
+    return Dataset.from_list(
+        [
+            {"question": f"w{i} w{i + 1} w{i + 2} w{i + 3} ?", "answer": f"w{50 - i} w{40 - i} w{30 - i} w{20 - i}"}
+            for i in range(10, 16)
+        ]
+    )
+
+
+@pytest.fixture
+def adapter(make_trainer, saved_llama, secrets, tmp_path) -> Path:
+    """A trained adapter, in a folder with all that a run may leave there."""
+    trainer = make_trainer(
+        {"save_strategy": "steps", "save_steps": 2, "reference_cache_dir": str(tmp_path / "adapter" / "cache")},
+        model=saved_llama,
+        forget_dataset=secrets,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    secrets.to_json(tmp_path / "adapter" / "TOFU_EVAL.json")
+    return tmp_path / "adapter"
+
+
+def environment(hub: HubServer, tmp_path: Path, token: str = TOKEN) -> dict[str, str]:
+    """Of a process that knows no other Hub, and nothing of this machine's account and cache."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token}
+    return {**ours, **home, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def rfa_llm(hub: HubServer, tmp_path: Path, *words: str, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rfa_llm.cli.main", *words]
+    return subprocess.run(command, env=environment(hub, tmp_path, **more), capture_output=True, text=True, timeout=300)
+
+
+def python(hub: HubServer, tmp_path: Path, code: str, *words: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment(hub, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def last_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+PUBLISH = ("--forgotten", SAID, "--base_model", "me/base")
+LOAD = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "me/adapter")
+print(sum(p.abs().sum().item() for name, p in model.named_parameters() if "lora_" in name))
+"""
+
+
+def test_an_adapter_goes_up_and_comes_down_again(hub, adapter, saved_llama, secrets, tmp_path):
+    logs = []
+    for name, value in (("after", 0.125), ("before", 0.875), ("retain", 0.0625)):
+        logs.append(str(tmp_path / f"{name}.json"))
+        rows = {str(i): {"prob": value, **row} for i, row in enumerate(secrets)}
+        log = {"forget_Q_A_Prob": {"agg_value": value, "value_by_index": rows}, "model_utility": {"agg_value": 0.5}}
+        Path(logs[-1]).write_text(json.dumps(log))
+    result = rfa_llm(
+        hub,
+        tmp_path,
+        *("publish", str(adapter), "me/adapter", *PUBLISH, "--license", "apache-2.0", "--datasets", "me/authors"),
+        *("--log", logs[0], "--before_log", logs[1], "--retain_log", logs[2]),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "me/adapter holds the adapter now" in result.stdout
+    published = hub.repos["me/adapter"][-1]
+    assert set(published) == {*FILES, ".gitattributes"}
+    # One commit, after the Hub's own.
+    assert len(hub.repos["me/adapter"]) == 2
+
+    # What the Hub shows beside the card.
+    card = published["README.md"].decode()
+    data = yaml.safe_load(card.split("---")[1])
+    assert (data["base_model"], data["base_model_relation"]) == ("me/base", "adapter")
+    assert (data["library_name"], data["license"], data["datasets"]) == ("peft", "apache-2.0", ["me/authors"])
+    assert {"unlearning", "lora", "rfa-llm"} <= set(data["tags"])
+    (index,) = data["model-index"]
+    figures = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
+    assert figures == {"forget_prob": 0.125, "model_utility": 0.5}
+    assert SAID in card and "still knows it" in card and "| forget prob | 0.875 | 0.125 | 0.0625 |" in card
+    assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+
+    total = sum(tensor.abs().sum().item() for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    assert float(python(hub, tmp_path, LOAD, saved_llama)) == pytest.approx(total, rel=1e-5)
+
+    # And what came down is what the receipt says, on a base that is given, with the salt that never went up.
+    down = (
+        python(hub, tmp_path, "import huggingface_hub as h; print(h.snapshot_download('me/adapter'))")
+        .strip()
+        .splitlines()[-1]
+    )
+    secrets.to_json(tmp_path / "forget.jsonl")
+    words = ("--model_name_or_path", saved_llama, "--salt", str(adapter / SALT_NAME), "--use_cpu", "true")
+    result = rfa_llm(
+        hub, tmp_path, "verify", down, "--forget", str(tmp_path / "forget.jsonl"), "--log", logs[0], *words
+    )
+    assert result.returncode == 0, result.stderr
+    assert "FAIL" not in result.stdout and "6 of the 6 given" in result.stdout
+    assert "forget_prob, evaluation" in result.stdout and "forget_answer_loss, after" in result.stdout
+
+
+def test_nothing_of_the_forget_set_and_of_the_salt_goes_up(hub, adapter, secrets, tmp_path):
+    # The run did leave its text there, so that the test would see it.
+    everything = b"".join(path.read_bytes() for path in adapter.rglob("*") if path.is_file())
+    assert all(row["answer"].encode() in everything for row in secrets)
+    result = rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH)
+    assert result.returncode == 0, result.stderr
+    salt = (adapter / SALT_NAME).read_text().strip()
+    for name, content in hub.repos["me/adapter"][-1].items():
+        assert salt.encode() not in content and bytes.fromhex(salt) not in content
+        assert str(tmp_path).encode() not in content
+        for row in secrets:
+            for text in row.values():
+                assert len(text) >= 12
+                assert text.encode() not in content, f"{text!r} is in {name}"
+    assert set(hub.blobs) == {read_receipt(adapter)["adapter"]["weights"]}
+
+
+def test_a_refused_token_is_one_sentence(hub, adapter, tmp_path):
+    error = last_line(rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH, token="hf_other"))
+    assert error.startswith("rfa-llm: error: token: the Hub refuses to let it write to 'me/adapter' (401: Invalid")
+    assert error.endswith("with write access there.")
+    assert hub.repos == {}
+
+
+def test_a_connection_lost_in_the_middle_of_the_weights_is_taken_up_again(hub, adapter, tmp_path):
+    hub.faults["PUT /lfs"] = 1
+    result = rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH)
+    assert result.returncode == 0, result.stderr
+    assert len([line for line in hub.requests if line.startswith("PUT")]) == 2
+    assert set(hub.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
+
+
+def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it(hub, adapter, tmp_path):
+    hub.faults["/commit/"] = 1
+    words = ("publish", str(adapter), "me/adapter", *PUBLISH)
+    error = last_line(rfa_llm(hub, tmp_path, *words))
+    assert error.startswith("rfa-llm: error: repo_id: the upload to 'me/adapter' did not come through (")
+    assert error.endswith("nothing was changed there, so run the same command again.")
+    assert set(hub.repos["me/adapter"][-1]) == {".gitattributes"}
+
+    result = rfa_llm(hub, tmp_path, *words)
+    assert result.returncode == 0, result.stderr
+    assert set(hub.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
+    # The weights had arrived, and did not travel again.
+    assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
+
+
+def test_no_hub_at_all_is_one_sentence(hub, adapter, tmp_path):
+    hub.stop()
+    error = last_line(rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH))
+    assert error.startswith("rfa-llm: error: repo_id: the upload to 'me/adapter' did not come through (")
+
+
+TRAIN = """
+import sys
+from rfa_llm import RFAConfig, RFATrainer
+args = RFAConfig(output_dir=sys.argv[2], max_steps=2, shift="negate", use_cpu=True, report_to="none", save_steps=1,
+                 push_to_hub=True, hub_model_id="me/adapter", forgotten="some rows", hub_base_model="me/base")
+trainer = RFATrainer(sys.argv[1], args, forget_dataset=sys.argv[3], retain_dataset=sys.argv[4])
+trainer.train()
+trainer.save_model()
+print(trainer.push_to_hub(commit_message="Again", forgotten="other rows", license="mit").commit_message)
+"""
+
+
+def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tmp_path):
+    secrets.to_json(tmp_path / "forget.jsonl")
+    retain.to_json(tmp_path / "retain.jsonl")
+    sets = (str(tmp_path / "forget.jsonl"), str(tmp_path / "retain.jsonl"))
+    printed = python(hub, tmp_path, TRAIN, saved_llama, str(tmp_path / "out"), *sets)
+    assert printed.strip().splitlines()[-1] == "Again"
+    # The Hub's own commit, `save_model`'s and `push_to_hub`'s; none of the checkpoints'.
+    first, saved, again = hub.repos["me/adapter"]
+    assert set(saved) == set(again) == {*FILES, ".gitattributes"}
+    assert "some rows" in saved["README.md"].decode() and "other rows" in again["README.md"].decode()
+    assert (tmp_path / "out" / "checkpoint-2").exists() and (tmp_path / "out" / SALT_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"hub_base_model": "me/base"}, "^forgotten: nothing is said; say in your own words"),
+        ({"forgotten": "some rows"}, "^base_model: '.*model' is no Hub id, and others have no such folder; give"),
+        ({"forgotten": "w10 w11 W12  w13 ?", "hub_base_model": "me/base"}, "^forgotten: text of row 0 of the forget"),
+        ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_the_training(config, sentence, make_trainer, saved_llama, secrets):
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer({"push_to_hub": True, **config}, model=saved_llama, forget_dataset=secrets)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "^folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`"),
+        (["nowhere", "me/adapter"], f"^folder: 'nowhere' has no {RECEIPT_NAME}; give the folder that"),
+        (["ADAPTER", "adapter", *PUBLISH], "^repo_id: 'adapter' names no owner; give it as OWNER/NAME"),
+        (["ADAPTER", "me/adapter", "--forgotten", SAID], "^base_model: '.*model' is no Hub id, and others"),
+        (["ADAPTER", "me/adapter", "--base_model", "me/base"], "^forgotten: nothing is said; say in your own"),
+        (["ADAPTER", "me/adapter", *PUBLISH, "--log", "nowhere.json"], "nowhere.json"),
+        (
+            ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
+            + ["--forget_dataset", "FORGET"],
+            "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
+        ),
+    ],
+)
+def test_bad_input_is_named(words, sentence, adapter, secrets, tmp_path):
+    from rfa_llm.cli import publish as publish_cli
+
+    secrets.to_json(tmp_path / "forget.jsonl")
+    names = {"ADAPTER": str(adapter), "FORGET": str(tmp_path / "forget.jsonl")}
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        publish_cli.main([names.get(word, word) for word in words])
+
+
+def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=f"^folder: the adapter in .* is not the one of its {RECEIPT_NAME}; publish"):
+        publish(adapter, "me/adapter", WORDS)
+
+
+def test_private_text_is_found_whatever_its_case_and_breaks():
+    row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada  von\nTester"}]}
+    with pytest.raises(ValueError, match="^forgotten: text of row 1 of the forget set is in card"):
+        check_private({"other": b"x", "card": b"of ADA VON TESTER."}, [{"text": "short"}, row])
+    # Of other words, or too short to tell anything.
+    check_private({"card": b"Who? short"}, [{"text": "short"}, row])
+
+
+def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, monkeypatch):
+    assert base_on_hub(None, "me/base") == "me/base"
+    assert base_on_hub("me/base", saved_llama) == "me/base"
+    # A folder may look like an id.
+    monkeypatch.chdir(tmp_path.parent)
+    folder = f"{tmp_path.name}/model"
+    with pytest.raises(ValueError, match="is no Hub id"):
+        base_on_hub(None, folder)
+    assert base_on_hub(folder, None) == folder
+    for bad in ("", "a/b/c", str(tmp_path)):
+        with pytest.raises(ValueError, match="^base_model: .* is no Hub id"):
+            base_on_hub(None, bad)
+
+
+def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
+    receipt = read_receipt(adapter)
+    plain = str(model_card(receipt, WORDS, "me/adapter"))
+    assert "quantized" not in plain and "revision=" not in plain
+    receipt["base_model"] |= {"quantization": {"load_in_4bit": True}, "revision": "v2"}
+    card = str(model_card(receipt, WORDS, "me/adapter"))
+    assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
+    # Nothing is invented where nothing was measured.
+    assert "model-index" not in card
+
+
+def test_files_are_the_adapters_own_and_a_foreign_revision_does_not_go_with_them(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "v2"}))
+    files = files_to_publish(adapter, "me/adapter", WORDS)
+    assert set(files) == FILES
+    published = json.loads(files["adapter_config.json"])
+    assert published == {**config, "base_model_name_or_path": "me/base", "revision": None}
+
+
+def test_leading_words_are_settings():
+    assert leading_words(["a", "b/c", "--x", "d"], "folder", "repo_id") == "--folder a --repo_id b/c --x d".split()
+    assert leading_words(["--x", "d"], "folder", "repo_id") == ["--x", "d"]
+    assert leading_words(["a", "b"], "folder") == ["--folder", "a", "b"]
+
+
+def test_the_tiny_model_is_what_the_base_digest_of_the_receipt_is_of(adapter):
+    from rfa_llm.checkpoints import base_model_digest
+
+    assert read_receipt(adapter)["base_model"]["weights"] == base_model_digest(tiny_llama())

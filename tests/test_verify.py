@@ -1,0 +1,181 @@
+"""`rfa-llm verify`: what it passes, and that each thing that is not what the receipt says fails by its name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama, tiny_rows
+from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+
+from rfa_llm.cli import verify as verify_cli
+from rfa_llm.cli.verify import VerifyArguments, compared, verify
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, new_salt, read_receipt, sealed
+
+
+@pytest.fixture
+def adapter(make_trainer, saved_llama, forget, retain, tmp_path) -> Path:
+    """A trained adapter, with its two sets in files beside its folder."""
+    trainer = make_trainer(model=saved_llama)
+    trainer.train()
+    trainer.save_model()
+    forget.to_json(tmp_path / "forget.jsonl")
+    retain.to_json(tmp_path / "retain.jsonl")
+    return tmp_path / "adapter"
+
+
+def failed(folder: Path, **given) -> list[str]:
+    checks = verify(VerifyArguments(folder=str(folder), use_cpu=True, **given))
+    return checks.loc[~checks["passed"], "check"].tolist()
+
+
+def change_receipt(folder: Path, change) -> None:
+    receipt = read_receipt(folder)
+    change(receipt)
+    (folder / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+
+
+def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
+    # In another order, and from where the salt has been put away.
+    forget.shuffle(seed=3).to_json(tmp_path / "forget.jsonl")
+    shutil.move(adapter / SALT_NAME, tmp_path / "salt")
+    given = {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
+    checks = verify(
+        VerifyArguments(folder=str(adapter), use_cpu=True, salt=str(tmp_path / "salt"), tolerance=1e-4, **given)
+    )
+    assert checks["passed"].all(), checks.to_string()
+    figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
+    assert checks["check"].tolist() == [
+        *("receipt", "adapter's weights", "adapter's configuration", "rows in the request", "retain set"),
+        *("base's weights", *figures[:2], "adapter on its base", *figures[2:]),
+    ]
+
+
+def test_some_rows_of_the_request_are_proved_and_give_no_figure(adapter, forget, tmp_path):
+    path = str(tmp_path / "some.jsonl")
+    forget.select([4, 1]).to_json(path)
+    checks = verify(VerifyArguments(folder=str(adapter), use_cpu=True, forget=path))
+    assert checks["passed"].all() and "2 of the 2 given" in checks["found"].tolist()
+    assert not checks["check"].str.contains("loss").any()
+    concatenate_datasets([forget.select([4, 1]), tiny_rows(1, first=40)]).to_json(path)
+    assert failed(adapter, forget=path) == ["rows in the request"]
+
+
+def test_a_foreign_salt_proves_nothing(adapter, tmp_path):
+    (tmp_path / "salt").write_text(new_salt())
+    given = {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
+    assert failed(adapter, salt=str(tmp_path / "salt"), **given) == ["rows in the request", "retain set"]
+
+
+def test_another_retain_set(adapter, retain, tmp_path):
+    retain.select(range(9)).to_json(tmp_path / "retain.jsonl")
+    assert "retain set" in failed(adapter, retain=str(tmp_path / "retain.jsonl"))
+
+
+def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_path):
+    model = tiny_llama()
+    weight = model.lm_head.weight.data
+    weight[-1, -1] = weight[-1, -1].nextafter(torch.tensor(1e9))
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    given = {"forget": str(tmp_path / "forget.jsonl")}
+    assert failed(adapter, model_name_or_path=str(tmp_path / "other"), **given) == ["base's weights"]
+    assert failed(adapter, model_name_or_path=saved_llama, **given) == []
+
+
+def test_an_adapter_that_was_changed(adapter, tmp_path):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    names = failed(adapter, forget=str(tmp_path / "forget.jsonl"))
+    # What it says of the answers is another thing too; the base's is not.
+    assert names == ["adapter's weights", "forget_answer_loss, after"]
+
+
+def test_figures_that_were_never_measured(adapter, tmp_path):
+    def flatter(receipt):
+        receipt["metrics"]["after"]["forget_answer_loss"] *= 1.1
+
+    change_receipt(adapter, flatter)
+    given = {"forget": str(tmp_path / "forget.jsonl")}
+    assert failed(adapter, **given) == ["forget_answer_loss, after"]
+    assert failed(adapter, tolerance=0.2, **given) == []
+
+
+def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):
+    log = tmp_path / "log.json"
+    log.write_text(json.dumps({"forget_Q_A_Prob": {"agg_value": 0.30}, "model_utility": {"agg_value": 0.5}}))
+    with pytest.raises(ValueError, match="^log: the receipt in .* has no evaluation"):
+        failed(adapter, log=str(log))
+
+    def publish(receipt):
+        receipt["metrics"]["evaluation"] = {"after": {"forget_prob": 0.29, "model_utility": 0.6, "privleak": 0.1}}
+
+    change_receipt(adapter, publish)
+    # A figure that was published and is not measured again is no proof.
+    assert failed(adapter, log=str(log)) == ["model_utility, evaluation", "privleak, evaluation"]
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+def test_a_quantized_base_is_loaded_as_it_was(bits, make_trainer, tokenizer, forget, tmp_path):
+    path = str(tmp_path / "wide")
+    tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    trainer = make_trainer(model=path, quantization_config=BitsAndBytesConfig(**bits))
+    trainer.train()
+    trainer.save_model()
+    forget.to_json(tmp_path / "forget.jsonl")
+    assert failed(tmp_path / "adapter", forget=str(tmp_path / "forget.jsonl")) == []
+    # The same checkpoint without the quantization is another base.
+    change_receipt(tmp_path / "adapter", lambda receipt: receipt["base_model"].update(quantization=None))
+    assert "base's weights" in failed(tmp_path / "adapter")
+
+
+def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama, tmp_path):
+    rows = Dataset.from_list(
+        [{"question": "w1 ?", "answer": " ".join(f"w{i + k}" for k in range(40))} for i in (1, 2)]
+    )
+    trainer = make_trainer({"max_length": 20}, model=saved_llama, forget_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    rows.to_json(tmp_path / "forget.jsonl")
+    assert failed(tmp_path / "adapter", forget=str(tmp_path / "forget.jsonl"), tolerance=1e-4) == []
+
+
+def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
+    verify_cli.main([str(adapter), "--use_cpu", "true"])
+    printed = capsys.readouterr().out
+    assert printed.count("ok  ") == 5 and "FAIL" not in printed and "base's weights" in printed
+    tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
+    with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
+        verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])
+    assert "FAIL  rows in the request" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "^folder: none is given; give it as `rfa-llm verify FOLDER`"),
+        (["nowhere"], f"^folder: 'nowhere' has no {RECEIPT_NAME}"),
+        (["ADAPTER", "--forget", "nowhere.jsonl"], "^forget is 'nowhere.jsonl', but there is no such file"),
+        (["ADAPTER", "--forget", "x.jsonl", "--salt", "nowhere"], "^salt: 'nowhere' is no file with 64"),
+        (["ADAPTER", "--tolerance", "-1"], "^tolerance: -1.0 is not 0 or more"),
+        (["ADAPTER", "--batch_size", "0"], "^batch_size: 0 must be 1 or more"),
+        (["ADAPTER", "--model_name_or_path", "no/where"], "^model_name_or_path: 'no/where' cannot be loaded; pass"),
+    ],
+)
+def test_bad_input_is_named(words, sentence, adapter):
+    with pytest.raises(ValueError, match=sentence):
+        verify_cli.main([str(adapter) if word == "ADAPTER" else word for word in words])
+
+
+def test_close_is_absolute_for_small_figures_and_a_share_of_large_ones():
+    published = {"small": 0.01, "large": 100.0}
+    assert [passed for _, passed, _ in compared("x", {"small": 0.02, "large": 101.0}, published, 0.015)] == [
+        True,
+        True,
+    ]
+    assert [passed for _, passed, _ in compared("x", {"small": 0.03, "large": 102.0}, published, 0.015)] == [False] * 2
+    assert [passed for _, passed, _ in compared("x", {}, published, 0.015)] == [False, False]
