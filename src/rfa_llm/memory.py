@@ -35,7 +35,7 @@ def gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if not is_deepspeed_zero3_enabled():
         yield tensor
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     # It leaves alone what is not cut up.
     with GatheredParameters([tensor]):

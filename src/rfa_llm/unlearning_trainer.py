@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -373,6 +374,9 @@ class UnlearningTrainer(Trainer):
                 before = answer_figures(self.model, sets, batch_size)
             self._figures = {"before": before, "after": answer_figures(self.model, sets, batch_size)}
             self._figures_step = self.state.global_step
+            if isinstance(self.model, FSDPModule):
+                # A forward leaves the outermost weights whole, for a backward that does not come.
+                self.model.reshard()
         return self._figures
 
     # ---- publishing ----
