@@ -374,9 +374,10 @@ class UnlearningTrainer(Trainer):
                 before = answer_figures(self.model, sets, batch_size)
             self._figures = {"before": before, "after": answer_figures(self.model, sets, batch_size)}
             self._figures_step = self.state.global_step
-            if isinstance(self.model, FSDPModule):
-                # A forward leaves the outermost weights whole, for a backward that does not come.
-                self.model.reshard()
+            # A forward leaves some weights whole, for a backward that does not come.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         return self._figures
 
     # ---- publishing ----
