@@ -15,7 +15,10 @@ from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary
 
-METHODS = {"rfa": {"trainer": "rfa", "alpha": 2.0}, "mine": {"trainer": "npo", "learning_rates": [1e-2]}}
+METHODS = {
+    "rfa": {"trainer": "rfa", "alpha": 2.0},
+    "mine": {"trainer": "npo", "learning_rates": [1e-2], "lora": {"r": 4}},
+}
 SETTINGS = {
     "methods": METHODS,
     "learning_rates": [1e-3, 1e-2],
@@ -72,6 +75,11 @@ def read(file):
 
 def question_sets(folder):
     return load_question_sets(str(folder / "data"), None, "forget_perturbed", "retain_perturbed")
+
+
+def test_a_method_may_have_an_adapter_of_its_own(finished):
+    ranks = {file.parent.name.split("_")[0]: read(file)["r"] for file in finished.glob("runs/*/adapter_config.json")}
+    assert ranks == {"rfa": 32, "mine": 4}
 
 
 def test_every_learning_rate_runs_on_the_first_seed_and_the_best_on_the_others(finished):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rfa_llm.benchmark.environment import environment
@@ -31,7 +32,8 @@ class Run:
 
     Args:
         method: its name in the table.
-        settings: `trainer`, "rfa" or a name of `rfa_llm.rivals.RIVALS`, and fields of `RFAConfig` or `RivalConfig`.
+        settings: `trainer`, "rfa" or a name of `rfa_llm.rivals.RIVALS`, fields of `RFAConfig` or `RivalConfig`, and
+            `lora`, a dict of `LoraConfig`'s fields where the adapter is not the default one.
         learning_rate: peak learning rate.
         seed: of the adapter's first weights, the order of rows, and the pairs.
         max_steps: steps of training.
@@ -153,6 +155,7 @@ def make_trainer(
     """
     settings = dict(run.settings)
     name = settings.pop("trainer")
+    lora = settings.pop("lora", None)
     common = {
         "output_dir": output_dir,
         "learning_rate": run.learning_rate,
@@ -161,14 +164,16 @@ def make_trainer(
         "save_steps": run.max_steps // run.points,
         **OWN,
     }
+    given = {"forget_dataset": forget, "retain_dataset": retain}
+    if lora is not None:
+        given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if name == "rfa":
         args = RFAConfig(**common, **settings)
-        sets = {"forget_dataset": forget, "retain_dataset": retain}
-        return RFATrainer(model, args, **sets, **({"holdout_dataset": holdout} if args.stop_at else {}))
+        return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if args.stop_at else {}))
     if name not in RIVALS:
         raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
     args = RivalConfig(method=name, **common, **settings)
-    return RIVALS[name](model, args, forget_dataset=forget, retain_dataset=retain)
+    return RIVALS[name](model, args, **given)
 
 
 class _Points(TrainerCallback):

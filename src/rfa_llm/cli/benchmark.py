@@ -35,8 +35,8 @@ class BenchmarkArguments:
     methods: dict | None = field(
         default=None,
         metadata={
-            "help": "Name -> settings: `trainer` (rfa or a rival), optionally `learning_rates` of its own, and fields "
-            "of RFAConfig or RivalConfig."
+            "help": "Name -> settings: `trainer` (rfa or a rival), optionally `learning_rates` of its own and `lora` "
+            "(fields of LoraConfig), and fields of RFAConfig or RivalConfig."
         },
     )
     learning_rates: list[float] = field(
