@@ -233,9 +233,7 @@ def measure(shape: str, quantization: str, device: torch.device, peak: float, ar
     tokens = 2 * args.rows * args.tokens
     count = count_parameters(config)
     flops = step_flops(config, count, args.rows, args.tokens)
-    predicted = memory_sum(
-        config, count, quantization, args.rows, args.tokens, args.gradient_checkpointing, args.mixed_precision
-    )
+    predicted = memory_sum(config, count, quantization, args.rows, args.tokens, args.gradient_checkpointing)
     logged = [entry for entry in trainer.state.log_history if "loss_forget" in entry]
     return {
         "shape": shape,

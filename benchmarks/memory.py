@@ -115,7 +115,8 @@ def kept_bytes(config: LlamaConfig, rank: int, adapter_bytes: int) -> int:
     Args:
         config: The model's config.
         rank: Of LoRA.
-        adapter_bytes: 2 where LoRA computes in bf16 (`mixed_precision: bf16`), else 4.
+        adapter_bytes: 2 where LoRA computes in bf16, as `rfa_llm.adapters.computing_in_model_dtype` lets it; 4 where
+            it computes in the float32 of its weights.
     """
     h, i, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     a, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -130,20 +131,19 @@ def memory_sum(
     rows: int,
     tokens: int,
     checkpointing: bool,
-    mixed_precision: str = "bf16",
     rank: int = RANK,
 ) -> dict[str, float]:
     """Bytes that a step of RFA with the `local` shift takes on one device, by what they are for.
 
     - `base`: 2 bytes a parameter; with NF4, `NF4_BITS` for the blocks' linear layers.
     - `adapter`: LoRA in float32, its gradient, and the copy from the last good step, 12 bytes a parameter; 2 more for
-      the bf16 copy that mixed precision computes with.
+      the bf16 copy that it computes with.
     - `optimizer`: AdamW's two moments in float32, 8 bytes an adapter parameter.
     - `activations`: `kept_bytes` of all blocks; with checkpointing each block's input (`2h`) and one block's whole.
-    - `features`: at each aligned block `h⁰`, `h⁰` at the tokens that count, `h` and the residual in bf16 and the
+    - `features`: at each aligned block `h`, and at the tokens that count `h`, `h⁰` and the residual in bf16 and the
       float32 copy that the loss squares, `12h` a token; and for forget tokens the local features and the shift, `4h`.
     - `workspace`: what comes and goes: three of the MLP's inner tensors, `6i` a token; with NF4 the largest weight in
-      bf16; the logits of one position a row.
+      bf16. No logits: a step ends with the last aligned block.
 
     Args:
         config: The model's config.
@@ -152,22 +152,20 @@ def memory_sum(
         rows: Forget rows in the step; as many retain rows come beside them.
         tokens: Of a row; all count.
         checkpointing: `gradient_checkpointing`.
-        mixed_precision: `bf16` or `no`.
         rank: Of LoRA.
     """
     h, i, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    adapter_bytes = 2 if mixed_precision == "bf16" else 4
     linear_bytes = 2 if quantization == "none" else NF4_BITS / 8
-    kept = kept_bytes(config, rank, adapter_bytes)
+    kept = kept_bytes(config, rank, adapter_bytes=2)
     all_tokens = 2 * rows * tokens
     aligned = len(resolve_blocks(None, layers))
     return {
         "base": linear_bytes * count["linear"] + 2 * (count["total"] - count["linear"]),
-        "adapter": (14 if mixed_precision == "bf16" else 12) * count["adapter"],
+        "adapter": 14 * count["adapter"],
         "optimizer": 8 * count["adapter"],
         "activations": all_tokens * (layers * 2 * h + kept if checkpointing else layers * kept),
         "features": aligned * h * (12 * all_tokens + 4 * rows * tokens),
-        "workspace": 6 * i * all_tokens + (2 * h * i if quantization == "nf4" else 0) + 4 * rows * config.vocab_size,
+        "workspace": 6 * i * all_tokens + (2 * h * i if quantization == "nf4" else 0),
     }
 
 
@@ -229,13 +227,7 @@ def measure(shape: str, quantization: str, checkpointing: bool) -> dict:
         subprocess.run([sys.executable, GPU, *words], check=True, env={**os.environ, **settings})
         run = json.loads(output.read_text())["runs"][0]
     names = ("shape", "quantization", "memory", "predicted_memory")
-    config = shape_config(shape)
-    return {
-        **{name: run[name] for name in names},
-        "gradient_checkpointing": checkpointing,
-        # On a CPU, PyTorch's bf16 batched product copies the head's weight once for each of the four rows.
-        "head_copies": 4 * 2 * config.vocab_size * config.hidden_size,
-    }
+    return {**{name: run[name] for name in names}, "gradient_checkpointing": checkpointing}
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -262,7 +254,7 @@ def report(result: dict) -> str:
     ]
     text = [
         f"Memory of one step in GiB: RFA with the `local` shift, LoRA of rank {RANK} on every linear layer of the "
-        f"blocks, {rows} forget and {rows} retain rows of {tokens} tokens on each GPU, mixed precision bf16 (written "
+        f"blocks, {rows} forget and {rows} retain rows of {tokens} tokens on each GPU, in bf16 (written "
         "by `benchmarks/memory.py`, which holds the formulas). A sum, not a measurement; the CUDA context (0.5 GiB or "
         "so) and what the allocator cannot use come on top.",
         table(["one GPU", *parts, "total"], one),
@@ -273,14 +265,11 @@ def report(result: dict) -> str:
         text += [
             "Measured on a CPU: by how much the process's resident set at its peak, over four steps with 2 forget and "
             "2 retain rows of 64 tokens, is larger than with the base model alone. Beside it the sum for the same "
-            "step without its base, and the copies of the head's weight that PyTorch's bf16 products make on a CPU; "
-            "what is left is the process itself (code, tokenizer, data), as in the tiny model's row:",
+            "step without its base; what is left is the process itself (code, tokenizer, data), as in the tiny "
+            "model's row:",
             table(
-                ["CPU", "measured", "sum", "head copies"],
-                [
-                    [label(e), e["memory"]["step"], e["predicted_memory"]["step"], e["head_copies"]]
-                    for e in result["measured"]
-                ],
+                ["CPU", "measured", "sum"],
+                [[label(e), e["memory"]["step"], e["predicted_memory"]["step"]] for e in result["measured"]],
             ),
             f"torch {result['versions']['torch']}, {result['machine']['cpu']}, {result['machine']['threads']} "
             "thread(s), seed 42.",

@@ -86,8 +86,8 @@ def test_checkpointing_keeps_each_blocks_input():
     assert saved_bytes(model, "no") == tokens * (LAYERS * 2 * h + 4 * h + 4)
 
     count = memory.count_parameters(config, RANK)
-    kept = memory.kept_bytes(config, RANK, adapter_bytes=4)
-    sums = memory.memory_sum(config, count, "none", ROWS // 2, TOKENS, True, "no", RANK)
+    kept = memory.kept_bytes(config, RANK, adapter_bytes=2)
+    sums = memory.memory_sum(config, count, "none", ROWS // 2, TOKENS, True, RANK)
     assert sums["activations"] == tokens * (LAYERS * 2 * h + kept)
 
 
@@ -112,15 +112,15 @@ def test_sum_of_a_tiny_model_by_hand():
         "total": 6 * (linear + norms) + 2 * 256 * 64 + 64,
         "adapter": 6 * adapter,
     }
-    bf16 = memory.memory_sum(config, count, "none", 3, 10, False, "bf16", RANK)
+    bf16 = memory.memory_sum(config, count, "none", 3, 10, False, RANK)
     # Blocks 2, 3, 4 and 5 are aligned; 60 tokens, 30 of them the forget rows'.
     assert bf16["base"] == 2 * count["total"]
     assert bf16["adapter"] == (4 + 4 + 4 + 2) * 6 * adapter
     assert bf16["optimizer"] == 8 * 6 * adapter
     assert bf16["features"] == 4 * 64 * (12 * 60 + 4 * 30)
-    assert bf16["workspace"] == 6 * 160 * 60 + 2 * 256 * 6
+    assert bf16["workspace"] == 6 * 160 * 60
 
-    nf4 = memory.memory_sum(config, count, "nf4", 3, 10, False, "bf16", RANK)
+    nf4 = memory.memory_sum(config, count, "nf4", 3, 10, False, RANK)
     assert nf4["base"] == pytest.approx(6 * linear * 4.127 / 8 + 2 * (count["total"] - 6 * linear), rel=1e-4)
     assert nf4["workspace"] == bf16["workspace"] + 2 * 64 * 160
     assert nf4["activations"] == bf16["activations"]
@@ -143,8 +143,6 @@ def test_committed_result_is_what_the_functions_say():
     entry = next(e for e in result["sums"] if e["shape"] == "llama-3.2-1b" and e["quantization"] == "nf4")
     config = memory.shape_config("llama-3.2-1b")
     count = memory.count_parameters(config)
-    parts = memory.memory_sum(
-        config, count, "nf4", result["rows"], result["tokens"], entry["gradient_checkpointing"], "bf16"
-    )
+    parts = memory.memory_sum(config, count, "nf4", result["rows"], result["tokens"], entry["gradient_checkpointing"])
     assert entry["parts"] == parts
     assert entry["per_gpu"]["ddp"]["2"] == memory.per_gpu(count, parts, "ddp", 2)
