@@ -324,6 +324,20 @@ class RFATrainer(UnlearningTrainer):
 
     # ---- what never changes, computed once ----
 
+    def _cached_views(self) -> dict[str, tuple]:
+        """What is worth keeping: name -> the view of the model, the encoded set, which rows, which positions."""
+        args, forget, retain = self.args, self._sets["forget"], self._sets["retain"]
+        all_forget = range(len(forget))
+        views = {"forget": ("reference", forget, all_forget, args.forget_tokens)}
+        once = self.state.num_train_epochs * len(forget) <= len(retain)
+        if args.residual == "feature" and not (once and args.reference_cache == "auto"):
+            seen = self.train_dataset.retain_rows(math.ceil(self.state.num_train_epochs))
+            views["retain"] = ("reference", retain, seen, args.retain_tokens)
+        settings = {"smoothed": [args.smoothing_temperature], "local": [args.local_window, args.local_sinks]}
+        if self.shift is None and args.shift in settings:
+            views["shift"] = ([args.shift, *settings[args.shift]], forget, all_forget, args.forget_tokens)
+        return views
+
     def _fill_cache(self) -> dict[str, FeatureCache]:
         """Reference features of the rows that the run will see, and what the forget rows are shifted to; none where
         there is to be no cache."""
@@ -334,22 +348,9 @@ class RFATrainer(UnlearningTrainer):
         config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
         key = [self._fingerprint["base_model"], config, model.config._attn_implementation]
         key.append(self.accelerator.mixed_precision)
-        all_forget = range(len(self._sets["forget"]))
-        views = {"forget": ("reference", self._sets["forget"], all_forget, args.forget_tokens)}
-        once = self.state.num_train_epochs * len(all_forget) <= len(self._sets["retain"])
-        if args.residual == "feature" and not (once and args.reference_cache == "auto"):
-            seen = self.train_dataset.retain_rows(math.ceil(self.state.num_train_epochs))
-            views["retain"] = ("reference", self._sets["retain"], seen, args.retain_tokens)
-        if self.shift is None and args.shift in ("smoothed", "local"):
-            settings = {
-                "smoothed": [args.smoothing_temperature],
-                "local": [args.local_window, args.local_sinks],
-            }
-            view = [args.shift, *settings[args.shift]]
-            views["shift"] = (view, self._sets["forget"], all_forget, args.forget_tokens)
         caches = {
             name: FeatureCache(folder, [*key, view], self.aligned, dataset, wanted, tokens)
-            for name, (view, dataset, wanted, tokens) in views.items()
+            for name, (view, dataset, wanted, tokens) in self._cached_views().items()
         }
 
         token_bytes = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize

@@ -1,7 +1,16 @@
 """Methods compared on TOFU's questions: runs with their trajectories, the table, the picture."""
 
 from rfa_llm.benchmark.picture import draw
-from rfa_llm.benchmark.runs import Run, read_result, run_name, score_model, train_and_score
+from rfa_llm.benchmark.runs import Run, check_settings, run_name, score_model, train_and_score
 from rfa_llm.benchmark.table import best_learning_rate, table
 
-__all__ = ["Run", "best_learning_rate", "draw", "read_result", "run_name", "score_model", "table", "train_and_score"]
+__all__ = [
+    "Run",
+    "best_learning_rate",
+    "draw",
+    "check_settings",
+    "run_name",
+    "score_model",
+    "table",
+    "train_and_score",
+]

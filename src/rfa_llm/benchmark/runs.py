@@ -80,20 +80,23 @@ def score_model(
     write_log({"method": name, "points": [point(log, 0)], **environment()}, result)
 
 
-def read_result(run: Run, result: Path) -> dict:
-    """The result of a run.
+def check_settings(run: Run, content: Mapping, result: Path) -> None:
+    """Check that a result is that of a run.
+
+    Args:
+        run: what is asked for.
+        content: what lies in the file.
+        result: the file.
 
     Raises:
         ValueError: It is of other settings.
     """
-    content = json.loads(result.read_text(encoding="utf-8"))
     identity = json.loads(json.dumps({**vars(run), "settings": dict(run.settings)}))
     if content["run"] != identity:
         raise ValueError(
             f"results: {result} is of the settings {content['run']}, not {identity}; delete it, or choose another "
             "folder."
         )
-    return content
 
 
 def train_and_score(
@@ -106,7 +109,7 @@ def train_and_score(
     result: Path,
     folder: Path,
     scoring: Mapping[str, object],
-) -> None:
+) -> dict:
     """Train one run and score it at its points, unless its result is there; go on where an interruption left it.
 
     Args:
@@ -119,12 +122,16 @@ def train_and_score(
         folder: where checkpoints and points lie until the result is written; the last adapter stays there.
         scoring: more arguments of `evaluate_tofu`.
 
+    Returns:
+        what is in the result file.
+
     Raises:
         ValueError: a result of other settings is there.
     """
     if result.exists():
-        read_result(run, result)
-        return
+        content = json.loads(result.read_text(encoding="utf-8"))
+        check_settings(run, content, result)
+        return content
     trainer = make_trainer(run, model, forget, retain, holdout, str(folder))
     points = _Points(folder / "points", trainer.processing_class, sets, scoring)
     trainer.add_callback(points)
@@ -143,6 +150,7 @@ def train_and_score(
     for done in folder.glob("checkpoint-*"):
         shutil.rmtree(done)
     shutil.rmtree(folder / "points")
+    return content
 
 
 def make_trainer(

@@ -12,7 +12,16 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser, get_peft_config
 
-from rfa_llm.benchmark import Run, best_learning_rate, draw, read_result, run_name, score_model, table, train_and_score
+from rfa_llm.benchmark import (
+    Run,
+    best_learning_rate,
+    check_settings,
+    draw,
+    run_name,
+    score_model,
+    table,
+    train_and_score,
+)
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
@@ -200,8 +209,8 @@ def benchmark(args: BenchmarkArguments) -> str:
     def run(one: Run) -> dict:
         file = results / f"{run_name(one)}.json"
         print(f"\n{run_name(one)}{' (done)' if file.exists() else ''}", flush=True)
-        train_and_score(one, target, forget, retain, holdout, sets, file, folder / "runs" / run_name(one), scoring)
-        return read_result(one, file)
+        to = folder / "runs" / run_name(one)
+        return train_and_score(one, target, forget, retain, holdout, sets, file, to, scoring)
 
     methods: dict[str, list[dict]] = {}
     for name, settings in args.methods.items():
@@ -213,9 +222,11 @@ def benchmark(args: BenchmarkArguments) -> str:
             for seed in args.seeds[1:]:
                 run(prepared(name, settings, best, seed))
         # Also what was run at other times, with other learning rates or seeds.
-        found = [_read(file)["run"] for file in sorted(results.glob(f"{name}_lr*_seed*.json"))]
-        runs = [prepared(name, settings, one["learning_rate"], one["seed"]) for one in found]
-        done = [read_result(one, results / f"{run_name(one)}.json") for one in runs]
+        done = []
+        for file in sorted(results.glob(f"{name}_lr*_seed*.json")):
+            found = _read(file)
+            check_settings(prepared(name, settings, found["run"]["learning_rate"], found["run"]["seed"]), found, file)
+            done.append(found)
         if done:
             first = min(one["run"]["seed"] for one in done)
             best = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
