@@ -125,7 +125,7 @@ def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_si
         batch_size: Answers scored at a time.
 
     Returns:
-        `{name}_answer_loss`: mean over the rows of the mean cross-entropy of the answer's tokens, in nats.
+        dict: `{name}_answer_loss`, the mean over the rows of the mean cross-entropy of the answer's tokens, in nats.
     """
     figures = {}
     for name, rows in sets.items():

@@ -44,7 +44,7 @@ def read_log(path: str | os.PathLike) -> dict:
         path: the JSON file.
 
     Returns:
-        {metric: {"agg_value": ..., ...}}.
+        dict: {metric: {"agg_value": ..., ...}}.
 
     Raises:
         FileNotFoundError: there is no such file.

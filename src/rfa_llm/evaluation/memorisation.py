@@ -146,7 +146,7 @@ def membership_auc(forget_scores: Sequence[float], holdout_scores: Sequence[floa
         holdout_scores: those of rows of the same kind that the model never saw.
 
     Returns:
-        the AUC: 1 where every forget row looks more like a member than every holdout row, 1/2 where the two cannot be
+        the AUC, 1 where every forget row looks more like a member than every holdout row, 1/2 where the two cannot be
         told apart.
 
     Raises:

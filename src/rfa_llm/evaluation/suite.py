@@ -93,7 +93,7 @@ def evaluate_tofu(
         gradient_norm: whether to run the gradient-norm attack, which takes a backward pass for each row.
 
     Returns:
-        {metric: {"agg_value": float, "value_by_index": {"0": {...}, ...}}}, every number a Python float. Without a
+        dict: {metric: {"agg_value": float, "value_by_index": {"0": {...}, ...}}}, numbers as Python floats. Without a
         `retain_log` there is no `forget_quality`; without "holdout", in it or in the sets, no `privleak` and no
         reference attack.
 
