@@ -26,6 +26,10 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+# The site, into site/.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
 # torch goes first and pinned: on a machine without a GPU, a resolver left alone may pull gigabytes of CUDA.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +39,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run benchmark-small
+	rm -rf $(VENV) demo-run benchmark-small site
 
-.PHONY: demo benchmark-small speed test test-slow clean
+.PHONY: demo benchmark-small speed test test-slow docs clean
