@@ -1,0 +1,274 @@
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs, or is checked where it cannot; the site builds."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from conftest import tiny_llama, tiny_rows, tiny_tokenizer
+from datasets import Dataset
+from hub_server import TOKEN, HubServer
+from markdown_it import MarkdownIt
+
+from rfa_llm import RFAConfig
+from rfa_llm.data.formats import encode
+from rfa_llm.rivals import METHODS, RIVALS, RivalConfig
+from rfa_llm.unlearning_config import UnlearningConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What a block says -> what runs in its place: rows of a folder for the Hub's, and names that stand for one's own.
+INSTEAD = {
+    "--forget_dataset locuslab/TOFU --forget_config forget10": "--forget_dataset DIR/forget10.jsonl",
+    "--retain_dataset locuslab/TOFU --retain_config retain90": "--retain_dataset DIR/retain90.jsonl",
+    "rfa-llm unlearn …": "rfa-llm unlearn --model_name_or_path path/to/fine-tuned-model --output_dir adapter "
+    "--forget_dataset forget.jsonl --retain_dataset retain.jsonl",
+    "--save_steps 50": "--save_steps 2",
+}
+# What is added to a command, to keep it short and on the CPU; the folder stands for TOFU on the Hub.
+ADDED = {
+    "unlearn": "--use_cpu true --report_to none",
+    "evaluate": "--use_cpu true --max_new_tokens 4 --data_dir DIR",
+    "merge": "--use_cpu true",
+    "verify": "--use_cpu true",
+}
+# Beginnings of commands that cannot run here, and why. Their flags and files are checked.
+NOT_RUN = {
+    "make demo": "trains models for minutes; tests/test_demo.py runs a short one",
+    "make test": "would run this test within itself",
+    "make test-slow": "takes minutes",
+    "make docs": "the site is built below",
+    "make benchmark-small": "takes minutes; tests/test_benchmark.py runs a short one",
+    "pip install": "would change the environment of the tests",
+    "python -m pytest": "would run tests within a test",
+    "ruff": "`make test` runs it first",
+    "rfa-llm benchmark": "takes hours; tests/test_benchmark.py runs a short one",
+    "rfa-llm unlearn --accelerate_config": "wants several GPUs; tests/test_multi_process.py runs it on the CPU",
+    "accelerate launch": "likewise",
+    "python benchmarks/gpu.py": "wants a GPU; tests/test_gpu_script.py runs it on the CPU",
+}
+# Run in a process of their own, which knows our Hub only.
+ON_THE_HUB = ("rfa-llm publish", "hf download")
+
+
+class Block(NamedTuple):
+    """A fenced block; `line` is that of its first line of code, from 1."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    return [Block(page, t.map[0] + 2, t.info.strip(), t.content) for t in tokens if t.type == "fence"]
+
+
+def commands(code: str) -> list[str]:
+    """The commands of a bash block, each on one line, without comments."""
+    lines = re.sub(r"\s*\\\n\s*", " ", code).splitlines()
+    return [command for line in lines if (command := line.partition(" #")[0].strip())]
+
+
+class Parsed(Exception):
+    """A command has read its flags; what would follow is left out."""
+
+
+def check(words: list[str]) -> None:
+    """Check that a command's flags are those of its own parser, and that the files that it names exist."""
+    match words:
+        case ["make", target]:
+            assert f"\n{target}: $(VENV)/ready\n" in (ROOT / "Makefile").read_text(), words
+        case ["pip", "install", "-e", where]:
+            assert where == "." or f"\n{where[2:-1]} = [" in (ROOT / "pyproject.toml").read_text(), words
+        case ["python", "-m", "pytest", *files] | ["ruff", "check" | "format", *files]:
+            assert all((ROOT / file).exists() for file in files if not file.startswith("-")), words
+        case ["accelerate", "launch", *argv]:
+            args = launch_command_parser().parse_args(argv)
+            assert (ROOT / args.config_file).is_file() and (ROOT / args.training_script).is_file(), words
+            check(["rfa-llm", Path(args.training_script).stem, *args.training_script_args])
+        case ["rfa-llm", "unlearn", "--accelerate_config", name, *argv]:
+            assert (ROOT / "configs" / "accelerate" / f"{name}.yaml").is_file(), words
+            check(["rfa-llm", "unlearn", *argv])
+        case ["rfa-llm", command, *argv]:
+            parse(import_module(f"rfa_llm.cli.{command}").main, argv)
+        case ["python", file, *argv]:
+            assert (ROOT / file).is_file(), words
+            parse(import_module(Path(file).stem).main, argv)
+        case _:
+            pytest.fail(f"{words} is a command of no kind that is known here")
+
+
+def parse(main, argv: list[str]) -> None:
+    """Let a command's `main` read its flags, and end it there."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def read(self, *args, **kwargs):
+        _, rest = original(self, *args, **kwargs)
+        assert not rest, f"{rest} are no flags of {self.prog}"
+        raise Parsed
+
+    # What is left out with `…` is given below.
+    with patch.object(argparse.ArgumentParser, "parse_known_args", read), pytest.raises(Parsed):
+        main([word for word in argv if word != "…"])
+
+
+def run_or_check(command: str, hub: HubServer) -> None:
+    if command.startswith(("rfa-llm", *NOT_RUN)):
+        check(shlex.split(command))
+    if command.startswith(tuple(NOT_RUN)):
+        return
+    for written, instead in INSTEAD.items():
+        command = command.replace(written, instead)
+    words = shlex.split(command)
+    if command.startswith(ON_THE_HUB):
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        ours |= {"HF_HOME": "hub", "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        module = {"rfa-llm": "rfa_llm.cli.main", "hf": "huggingface_hub.cli.hf"}[words[0]]
+        words = [sys.executable, "-m", module, *words[1:]]
+        done = subprocess.run(words, env=ours, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return
+    match words:
+        case ["rfa-llm", command, *argv]:
+            import_module(f"rfa_llm.cli.{command}").main([*argv, *ADDED.get(command, "").split()])
+        case ["python", file, *argv]:
+            import_module(Path(file).stem).main(argv)
+        case _:
+            pytest.fail(f"{command!r} is in no table of this test; say there how it runs, or why it cannot")
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """The folder that the blocks run in, with what they name."""
+    # Wide enough for the kernels of bitsandbytes.
+    model, tokenizer = tiny_llama(hidden_size=64, intermediate_size=128), tiny_tokenizer()
+    for name in ("fine-tuned-model", "tofu-model", "retain-only-model"):
+        model.save_pretrained(tmp_path / "path" / "to" / name)
+        tokenizer.save_pretrained(tmp_path / "path" / "to" / name)
+    sets = {"forget": tiny_rows(6, first=0), "retain": tiny_rows(10, first=20), "holdout": tiny_rows(6, first=40)}
+    for name, rows in sets.items():
+        rows.to_json(tmp_path / f"{name}.jsonl")
+    (tmp_path / "DIR").mkdir()
+    for name, rows in (("forget10", sets["forget"]), ("retain90", sets["retain"])):
+        rows.to_json(tmp_path / "DIR" / f"{name}.jsonl")
+    questions = Dataset.from_list(
+        [{**row, "paraphrased_answer": "w1 w2", "perturbed_answer": ["w3", "w4 w5"]} for row in sets["forget"]]
+    )
+    for name in ("forget10", "retain", "real_authors", "world_facts"):
+        questions.to_json(tmp_path / "DIR" / f"{name}_perturbed.jsonl")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_from_its_top_to_its_end(page, workplace, hub):
+    names = {}
+    # An example may add to these.
+    with patch.dict(METHODS), patch.dict(RIVALS):
+        for block in blocks(page):
+            match block.language:
+                case "python":
+                    exec(compile(block.code, f"{page.name}, block at line {block.line}", "exec"), names)
+                case "bash":
+                    for command in commands(block.code):
+                        run_or_check(command, hub)
+                case "json":
+                    # Rows of a set, a line each.
+                    for line in block.code.splitlines():
+                        encode(json.loads(line), tiny_tokenizer())
+                case language:
+                    pytest.fail(f"{page.name}, line {block.line}: a block in {language!r} is not run; say how")
+
+
+def test_the_tables_have_no_entry_that_no_block_needs():
+    said = [c for page in PAGES for block in blocks(page) if block.language == "bash" for c in commands(block.code)]
+    for start in (*NOT_RUN, *ON_THE_HUB, *(f"rfa-llm {command}" for command in ADDED)):
+        assert any(command.startswith(start) for command in said), start
+    for written in INSTEAD:
+        assert any(written in command for command in said), written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rfa-llm", "unlearn", "--no_such_flag", "1"],
+        ["rfa-llm", "benchmark", "--config", "configs/benchmark/no_such_file.yaml"],
+        ["make", "no-such-target"],
+        [
+            "accelerate",
+            "launch",
+            "--config_file",
+            "configs/accelerate/ddp.yaml",
+            "scripts/unlearn.py",
+            "--no_such",
+            "1",
+        ],
+        ["rfa-llm", "unlearn", "--accelerate_config", "no_such_mode", "--output_dir", "x"],
+        ["curl", "example.org"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_wrong_does_not_pass_the_check(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, SystemExit, OSError, ValueError, pytest.fail.Exception)):
+        check(words)
+
+
+class Fetched(HTMLParser):
+    """The addresses that a browser fetches by itself when it opens a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name == "src" or (name == "href" and tag == "link")]
+
+
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    fetched = Fetched()
+    for page in tmp_path.rglob("*.html"):
+        fetched.feed(page.read_text(encoding="utf-8"))
+    assert fetched.addresses and not [a for a in fetched.addresses if re.match(r"(\w+:)?//", a)]
+    for style in tmp_path.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+    # Each setting is described, and no markup of other tools is left.
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "[<code>" not in api
+    for config in (RFAConfig, UnlearningConfig, RivalConfig):
+        inherited = {field.name for field in fields(config.__base__)}
+        start = api.index(f'<h3 id="{config.__module__}.{config.__name__}"')
+        section = api[start : api.index("<h3 ", start + 1)]
+        described = re.findall(r"<b><code>(\w+)</code></b>", section)
+        assert {field.name for field in fields(config)} - inherited == set(described), config
