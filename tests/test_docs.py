@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from html.parser import HTMLParser
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -21,10 +22,11 @@ from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
 
-from rfa_llm import RFAConfig
+from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.data.formats import encode
-from rfa_llm.rivals import METHODS, RIVALS, RivalConfig
+from rfa_llm.rivals import METHODS, RIVALS, RivalConfig, RivalTrainer
 from rfa_llm.unlearning_config import UnlearningConfig
+from rfa_llm.unlearning_trainer import UnlearningTrainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,6 +139,7 @@ def run_or_check(command: str, hub: HubServer) -> None:
     if command.startswith(ON_THE_HUB):
         ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         ours |= {"HF_HOME": "hub", "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        ours["HF_HUB_DISABLE_TELEMETRY"] = "1"
         module = {"rfa-llm": "rfa_llm.cli.main", "hf": "huggingface_hub.cli.hf"}[words[0]]
         words = [sys.executable, "-m", module, *words[1:]]
         done = subprocess.run(words, env=ours, capture_output=True, text=True, timeout=300)
@@ -263,12 +266,13 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
-    # Each setting is described, and no markup of other tools is left.
+    # Each argument is described, and each setting where it is its own; no markup of other tools is left.
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
     assert "[<code>" not in api
+    expected = {trainer: {*signature(trainer).parameters} for trainer in (RFATrainer, UnlearningTrainer, RivalTrainer)}
     for config in (RFAConfig, UnlearningConfig, RivalConfig):
-        inherited = {field.name for field in fields(config.__base__)}
-        start = api.index(f'<h3 id="{config.__module__}.{config.__name__}"')
-        section = api[start : api.index("<h3 ", start + 1)]
-        described = re.findall(r"<b><code>(\w+)</code></b>", section)
-        assert {field.name for field in fields(config)} - inherited == set(described), config
+        expected[config] = {field.name for field in fields(config)} - {field.name for field in fields(config.__base__)}
+    for named, names in expected.items():
+        start = re.search(rf'<h[34] id="{named.__module__}.{named.__name__}"', api).end()
+        section = re.split(r"<h[2-4] ", api[start:], maxsplit=1)[0]
+        assert set(re.findall(r"<b><code>(\w+)</code></b>", section)) == names, named
