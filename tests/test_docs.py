@@ -21,8 +21,10 @@ from conftest import tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.cli.main import COMMANDS
 from rfa_llm.data.formats import encode
 from rfa_llm.rivals import METHODS, RIVALS, RivalConfig, RivalTrainer
 from rfa_llm.unlearning_config import UnlearningConfig
@@ -79,6 +81,12 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, t.map[0] + 2, t.info.strip(), t.content) for t in tokens if t.type == "fence"]
 
 
+def in_the_text(page: Path) -> list[Token]:
+    """Links, code and the like between the blocks."""
+    tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+    return [child for token in tokens for child in token.children or []]
+
+
 def commands(code: str) -> list[str]:
     """The commands of a bash block, each on one line, without comments."""
     lines = re.sub(r"\s*\\\n\s*", " ", code).splitlines()
@@ -86,7 +94,7 @@ def commands(code: str) -> list[str]:
 
 
 class Parsed(Exception):
-    """A command has read its flags; what would follow is left out."""
+    """A command has read its flags, `args[0]` is its parser; what would follow is left out."""
 
 
 def check(words: list[str]) -> None:
@@ -114,18 +122,19 @@ def check(words: list[str]) -> None:
             pytest.fail(f"{words} is a command of no kind that is known here")
 
 
-def parse(main, argv: list[str]) -> None:
-    """Let a command's `main` read its flags, and end it there."""
+def parse(main, argv: list[str]) -> argparse.ArgumentParser:
+    """Let a command's `main` read its flags, and end it there; its parser."""
     original = argparse.ArgumentParser.parse_known_args
 
     def read(self, *args, **kwargs):
         _, rest = original(self, *args, **kwargs)
         assert not rest, f"{rest} are no flags of {self.prog}"
-        raise Parsed
+        raise Parsed(self)
 
     # What is left out with `…` is given below.
-    with patch.object(argparse.ArgumentParser, "parse_known_args", read), pytest.raises(Parsed):
+    with patch.object(argparse.ArgumentParser, "parse_known_args", read), pytest.raises(Parsed) as end:
         main([word for word in argv if word != "…"])
+    return end.value.args[0]
 
 
 def run_or_check(command: str, hub: HubServer) -> None:
@@ -237,6 +246,27 @@ def test_a_command_that_is_wrong_does_not_pass_the_check(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, SystemExit, OSError, ValueError, pytest.fail.Exception)):
         check(words)
+
+
+def test_flags_in_the_text_are_some_command_s(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # Read before a command's own parser is there.
+    known = {"--config", "--debug", "--accelerate_config", "--num_processes"}
+    needed = {"unlearn": ["--output_dir", "x"], "finetune": ["--output_dir", "x"], "gpu": ["--output", "x"]}
+    for module in [*(f"rfa_llm.cli.{command}" for command in COMMANDS), "gpu", "memory", "speed"]:
+        parser = parse(import_module(module).main, needed.get(module.rpartition(".")[2], []))
+        known |= set(parser._option_string_actions)
+    for page in PAGES:
+        texts = [token.content for token in in_the_text(page) if token.type == "code_inline"]
+        flags = {flag for text in texts for flag in re.findall(r"(?<!\S)--\w+", text)}
+        assert flags <= known, f"{page.name}: {flags - known}"
+
+
+def test_links_outside_the_site_lead_to_files():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        targets = [token.attrs["href"] for token in in_the_text(page) if token.type == "link_open"]
+        files = [target.partition("#")[0] for target in targets if not target.startswith(("https://", "#"))]
+        assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 class Fetched(HTMLParser):
