@@ -316,7 +316,7 @@ def _answers(run: Run, forget_text: str) -> Section:
         section.left_out.append("The answers are left out: a log has none; give logs of `rfa-llm evaluate`.")
         return section
     section.private = Table(
-        ["", "question", "true answer", "before", "after", "ROUGE-L recall, before", "after"],
+        ["", "question", "true answer", "before", "after", "ROUGE-L recall before", "ROUGE-L recall after"],
         [
             [
                 str(number),
