@@ -48,7 +48,7 @@ def residual_maps(steps: Sequence[int], maps: Mapping[str, tuple[Sequence[int], 
         maps: set -> blocks and their values `[blocks, steps]` (`rfa_llm.report.runs.residuals`).
     """
     rows = max(len(blocks) for blocks, _ in maps.values())
-    figure = Figure(figsize=(4.5 * len(maps), 2.0 + 0.18 * rows), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(maps), 2.3 + 0.07 * rows), layout="constrained")
     for axes, (name, (blocks, values)) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
     ):
@@ -106,7 +106,7 @@ def quality_and_utility(models: Mapping[str, dict[str, float]], runs: Mapping[st
     def result(summary: dict[str, float]) -> dict:
         return {"points": [{"summary": summary}]}
 
-    with style.context("tableau-colorblind10"):
+    with style.context("seaborn-v0_8-colorblind"):
         figure = trade_off(
             {name: result(summary) for name, summary in models.items()},
             {name: [result(summary)] for name, summary in runs.items()},
