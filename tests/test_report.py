@@ -9,13 +9,16 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
 from rfa_llm.receipt import RECEIPT_NAME, sealed
 from rfa_llm.report import read_run, write_report
+from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
 
 # Markup, and what would end a cell of a Markdown table.
@@ -250,6 +253,20 @@ def test_the_page_asks_for_nothing_from_outside(page, written):
         assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
         # Letters are outlines, so no font is asked for either.
         assert "<text" not in svg
+
+
+def test_a_residual_map_has_each_value_at_its_block_and_steps():
+    # From step 0 to 1, and from there to 3; block 4 below block 9.
+    values = np.array([[0.0, 0.5], [1.0, 0.25]])
+    svg = residual_maps([1, 3], {"forget": ([4, 9], values)})
+    png = re.search(r'href="data:image/png;base64,([^"]*)"', svg).group(1)
+    # The SVG turns the image over.
+    assert 'transform="scale(1 -1)' in svg
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    for (block, step), value in np.ndenumerate(values):
+        at = (int(picture.width * (1 / 6, 2 / 3)[step]), int(picture.height * (1 / 4, 3 / 4)[block]))
+        colour = [255 * share for share in colormaps["cividis"](value)[:3]]
+        assert list(picture.getpixel(at)) == pytest.approx(colour, abs=1)
 
 
 def test_what_is_missing_is_said_with_the_option_that_brings_it(tmp_path):

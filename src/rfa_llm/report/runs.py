@@ -145,15 +145,11 @@ def answers(log: dict) -> list[dict]:
     """Each forget question of a log with the true answer, the model's, and its ROUGE-L recall; none where the log has
     no text."""
     rows = log.get("forget_Q_A_ROUGE", {}).get("value_by_index", {})
+    names = {"input": "question", "ground_truth": "true", "generation": "answer", "rougeL_recall": "rouge"}
     return [
-        {
-            "question": rows[index]["input"],
-            "true": rows[index]["ground_truth"],
-            "answer": rows[index]["generation"],
-            "rouge": rows[index]["rougeL_recall"],
-        }
+        {name: rows[index][of_log] for of_log, name in names.items()}
         for index in sorted(rows, key=int)
-        if "generation" in rows[index]
+        if names.keys() <= rows[index].keys()
     ]
 
 
