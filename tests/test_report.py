@@ -284,6 +284,8 @@ def test_what_is_missing_is_said_with_the_option_that_brings_it(tmp_path):
     assert "Some are left out: --before_log (target), --retain_log (retain-only) would bring them." in page.open
     assert page.tags.count("img") == 1 and page.tables["metric"][0] == ["metric", "unlearned"]
     assert "trainer.save_state()" in page.open and "cost" not in page.tables
+    # One log's answers alone are not shown, so there is nothing to keep private.
+    assert "newword" not in page.folded and "holds the forget set's text" not in page.open
 
 
 def test_a_run_without_some_residuals_or_any_logged_step(tmp_path):

@@ -67,11 +67,12 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
     if forget_text not in ("hide", "leave_out"):
         raise ValueError(f"forget_text: {forget_text!r} is not known; give 'hide' or 'leave_out'.")
     labels = [run.name if len(runs) == 1 else f"{number}: {run.name}" for number, run in enumerate(runs, 1)]
+    sections = [_sections(run, forget_text) for run in runs]
     content = {
         "overview": _overview(runs, labels),
         "comparison": _comparison(runs, labels),
-        "runs": [(label, _sections(run, forget_text)) for label, run in zip(labels, runs, strict=True)],
-        "holds_text": forget_text == "hide" and any(answers(log) for run in runs for log in run.logs.values()),
+        "runs": list(zip(labels, sections, strict=True)),
+        "holds_text": any(section.private for of_run in sections for section in of_run),
     }
     templates = Environment(
         loader=PackageLoader("rfa_llm.report"),
