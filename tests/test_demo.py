@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from rfa_llm.cli import demo
 from rfa_llm.evaluation import read_log, summary
@@ -47,6 +47,10 @@ def test_a_demo_leaves_data_models_adapter_and_figures(finished):
         assert ("forget_quality" in figures) == (name != "retain-only")
     assert results["seconds"] > 0 and results["versions"]["torch"] == torch.__version__
     assert results["settings"]["rfa"]["shift"] == "local"
+
+    # What a report draws: each step's losses and residuals.
+    history = TrainerState.load_from_json(str(finished / "adapter" / "trainer_state.json")).log_history
+    assert [entry["step"] for entry in history if "residual_retain/block_3" in entry] == [1, 2, 3]
 
     row = json.loads((finished / "data" / "forget.jsonl").read_text().splitlines()[0])
     tokenizer = AutoTokenizer.from_pretrained(finished / "target")

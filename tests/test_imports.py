@@ -44,6 +44,7 @@ ALLOWED = {
         "progress",
         "receipt",
     },
+    "report": {"report", "benchmark.picture", "evaluation", "receipt"},
 }
 
 

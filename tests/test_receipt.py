@@ -1,6 +1,7 @@
 """The receipt: what it proves with the salt, what it hides without, and that what is saved is what it says."""
 
 import json
+import os
 import stat
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):
     assert receipt["method"] == "rfa" and receipt["settings"]["steps"] == 3
     assert receipt["settings"]["seed"] == 42 and receipt["settings"]["shift"] == "negate"
     assert receipt["versions"]["peft"] and receipt["made_at"].endswith("+00:00")
+    assert receipt["machine"]["cores"] == os.cpu_count() and receipt["machine"]["device"] == "cpu"
     # By hand, over all rows, because there are fewer than it would sample.
     model = PeftModel.from_pretrained(tiny_llama(), folder)
     for name, rows in (("forget", forget), ("retain", retain)):

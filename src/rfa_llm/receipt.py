@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -45,6 +46,21 @@ FIGURE_ROWS = 64
 def versions(*more: str) -> dict[str, str]:
     """Versions of the packages that a result depends on, and of `more`."""
     return {package: version(package) for package in (*PACKAGES, *more)}
+
+
+def machine() -> dict:
+    """What a run computes on; no name or path that tells which machine it is."""
+    # Linux alone has this file.
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
 
 
 def public_name(name: str) -> str:
@@ -175,7 +191,9 @@ def make_receipt(
         {
             "format": 1,
             "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {**versions(), "python": platform.python_version()},
+            "versions": versions(),
+            # Of the first process.
+            "machine": {**machine(), "device": args.device.type},
             "base_model": {
                 "name": public_name(model.config.name_or_path),
                 "revision": revision,

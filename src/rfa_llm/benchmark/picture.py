@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Forget qualities below it are drawn on it: all of them say "told apart beyond doubt".
 FLOOR = 1e-8
@@ -12,13 +16,10 @@ MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "p", "h", "d", "*")
 
 
 def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path: Path) -> None:
-    """Draw the trajectories, from the target to each method's last point, and write the picture.
-
-    Methods differ by marker and line style as well as by colour, so that it can be read in black and white.
+    """Draw the comparison (`trade_off`) and write the picture.
 
     Args:
-        models: results of "target" and "retain-only".
-        methods: each method's results, one a seed; the first is drawn.
+        models, methods: as `trade_off` takes them.
         path: where it goes; the suffix says the format, such as .svg or .png.
 
     Raises:
@@ -26,9 +27,26 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the picture needs matplotlib; install it with `pip install rfa-llm[benchmark]`.") from error
+
+    figure = trade_off(models, methods)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Text stays text in an SVG file.
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)
+
+
+def trade_off(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> Figure:
+    """Forget quality against model utility: the trajectories from the target to each method's last point.
+
+    Methods differ by marker and line style as well as by colour, so that it can be read in black and white.
+
+    Args:
+        models: results of "target" and "retain-only".
+        methods: each method's results, one a seed; the first is drawn.
+    """
+    from matplotlib.figure import Figure
 
     summaries = {name: result["points"][0]["summary"] for name, result in models.items()}
     utility = summaries["target"]["model_utility"]
@@ -55,16 +73,17 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
     for name, summary in summaries.items():
         x, y = place(summary)
         axes.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 10), ha="center")
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 12), ha="center", bbox=paper)
     axes.set_yscale("log")
     axes.set_ylim(FLOOR / 3, 10)
     axes.margins(x=0.1)
+    # Utilities that are as good as equal should look it.
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, 0.9), max(right, 1.1))
     axes.axhline(0.05, color="grey", linewidth=0.7, linestyle=":")
     axes.set_xlabel("model utility, as a share of the target's")
     axes.set_ylabel(f"forget quality (KS p-value; below {FLOOR:g} drawn there)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Text stays text in an SVG file.
-    with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(path)
+    return figure

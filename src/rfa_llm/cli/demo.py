@@ -190,7 +190,8 @@ def demo(args: DemoArguments) -> dict:
         max_steps=args.max_steps,
         use_cpu=args.use_cpu,
         **({} if own else UNLEARN),
-        **QUIET,
+        # `rfa-llm report` draws what was logged; the bar alone is shown.
+        **{**QUIET, "logging_strategy": "steps"},
     )
     if own:
         # Read now, so that a missing file ends the demo before the training and not after it.
@@ -216,6 +217,7 @@ def demo(args: DemoArguments) -> dict:
     bar_alone(trainer)
     trainer.train()
     trainer.save_model()
+    trainer.save_state()
     del trainer
 
     print(f"\n{steps}/{steps} Asking every model all questions", flush=True)

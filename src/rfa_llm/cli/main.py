@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "score a model, with or without an adapter, on TOFU's question sets",
     "publish": "put an adapter on the Hugging Face Hub, with a model card and its receipt",
     "verify": "hold an adapter, its base and the sets against the receipt of its training",
+    "report": "write what runs were asked, what they did and what it cost as one HTML page",
     "merge": "make an adapter and its base one full-precision model",
     "finetune": "fine-tune a model on question/answer rows (a target to unlearn, or its retain-only twin)",
     "benchmark": "compare RFA with its rivals on one model, forget set and budget; resumes",
