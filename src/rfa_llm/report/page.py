@@ -341,12 +341,7 @@ def _machine(run: Run) -> Section:
         section.tables.append(_pairs("cost", cost))
     else:
         section.left_out.append(_no_history(run, "Time and memory are"))
-    if "machine" in run.receipt:
-        section.tables.append(_pairs("hardware", run.receipt["machine"]))
-    else:
-        section.left_out.append(
-            "The hardware is left out: this receipt is of an older rfa-llm; train again to have it."
-        )
+    section.tables.append(_pairs("hardware", run.receipt["machine"]))
     section.tables.append(_pairs("version", {**run.receipt["versions"], "receipt made at": run.receipt["made_at"]}))
     return section
 
