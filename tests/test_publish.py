@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rfa_llm.card import Words, model_card
 from rfa_llm.cli.main import leading_words
 from rfa_llm.hub import base_on_hub, check_private, files_to_publish, publish
-from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_receipt
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
 SAID = "the pages of an author who asked for it"
@@ -143,7 +143,7 @@ def test_an_adapter_goes_up_and_comes_down_again(hub, adapter, saved_llama, secr
     )
     assert result.returncode == 0, result.stderr
     assert "FAIL" not in result.stdout and "6 of the 6 given" in result.stdout
-    assert "forget_prob, evaluation" in result.stdout and "forget_answer_loss, after" in result.stdout
+    assert "forget_prob, evaluation after" in result.stdout and "forget_answer_loss, after" in result.stdout
 
 
 def test_nothing_of_the_forget_set_and_of_the_salt_goes_up(hub, adapter, secrets, tmp_path):
@@ -293,11 +293,11 @@ def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, mo
 
 
 def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
-    receipt = read_receipt(adapter)
-    plain = str(model_card(receipt, WORDS, "me/adapter"))
+    receipt, config = read_receipt(adapter), read_adapter_config(adapter)
+    plain = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "quantized" not in plain and "revision=" not in plain
     receipt["base_model"] |= {"quantization": {"load_in_4bit": True}, "revision": "v2"}
-    card = str(model_card(receipt, WORDS, "me/adapter"))
+    card = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card

@@ -15,7 +15,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import Words, model_card
 from .data.formats import texts
-from .receipt import RECEIPT_NAME, adapter_digests, as_text, read_receipt, sealed
+from .receipt import (
+    RECEIPT_NAME,
+    adapter_digests,
+    as_text,
+    read_adapter_config,
+    read_receipt,
+    with_card,
+)
 
 CARD_NAME = "README.md"
 # Shorter pieces of the forget set, such as "yes" or a year, may stand anywhere.
@@ -74,18 +81,20 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
             f"folder: the adapter in {str(folder)!r} is not the one of its {RECEIPT_NAME}; publish them as they were "
             "saved together."
         )
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     if config["base_model_name_or_path"] != words.base_model:
         # A revision of another repository.
         config["revision"] = None
     config["base_model_name_or_path"] = words.base_model
+    receipt["base_model"] |= {"name": words.base_model, "revision": config["revision"]}
     if words.evaluations:
-        receipt = sealed({**receipt, "metrics": {**receipt["metrics"], "evaluation": words.evaluations}})
+        receipt["metrics"]["evaluation"] = words.evaluations
+    card = str(model_card(receipt, words, repo_id, config))
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         SAFETENSORS_WEIGHTS_NAME: folder / SAFETENSORS_WEIGHTS_NAME,
-        RECEIPT_NAME: as_text(receipt).encode(),
-        CARD_NAME: str(model_card(receipt, words, repo_id)).encode(),
+        RECEIPT_NAME: as_text(with_card(receipt, card)).encode(),
+        CARD_NAME: card.encode(),
     }
 
 
