@@ -14,8 +14,11 @@ from hub_server import TOKEN, HubServer
 from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
+from rfa_llm.cli.demo import make_tokenizer
 from rfa_llm.cli.main import leading_words
-from rfa_llm.hub import base_on_hub, check_private, files_to_publish, publish
+from rfa_llm.data.fictitious import write_fictitious_tofu
+from rfa_llm.data.tofu import load_tofu
+from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, publish
 from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
@@ -163,6 +166,43 @@ def test_nothing_of_the_forget_set_and_of_the_salt_goes_up(hub, adapter, secrets
     assert set(hub.blobs) == {read_receipt(adapter)["adapter"]["weights"]}
 
 
+def windows(text: str, size: int = 12) -> set[str]:
+    """Every piece of a text of this many characters, with a space for any white space."""
+    text = " ".join(text.split())
+    return {text[start : start + size] for start in range(len(text) - size + 1)}
+
+
+def test_no_twelve_characters_of_the_forget_set_go_up(hub, make_trainer, tmp_path):
+    data = tmp_path / "data"
+    write_fictitious_tofu(data)
+    tokenizer, base = make_tokenizer(data), str(tmp_path / "base")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    forget, retain = load_tofu("forget", str(data)), load_tofu("retain", str(data))
+    sets = {"forget_dataset": forget, "retain_dataset": retain, "processing_class": tokenizer}
+    trainer = make_trainer(model=base, **sets)
+    trainer.train()
+    trainer.save_model()
+    # The log holds the questions and answers, as those of `rfa-llm evaluate` do.
+    rows = {str(i): {"prob": 0.25, **row} for i, row in enumerate(forget)}
+    figures = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "retain_Q_A_Prob", "model_utility", "forget_quality")
+    log = {name: {"agg_value": 0.25, "value_by_index": rows} for name in figures}
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    logs = [word for name in ("log", "before_log", "retain_log") for word in (f"--{name}", str(tmp_path / "log.json"))]
+    checked = ("--forget_dataset", str(data / "forget.jsonl"), "--license", "mit", "--datasets", "me/authors")
+    result = rfa_llm(hub, tmp_path, "publish", str(tmp_path / "adapter"), "me/adapter", *PUBLISH, *logs, *checked)
+    assert result.returncode == 0, result.stderr
+
+    private = set().union(*(windows(text) for row in forget for text in (row["question"], row["answer"])))
+    assert windows(forget[0]["question"]) <= private and len(private) > 900
+    files = hub.repos["me/adapter"][-1]
+    assert len(hub.blobs) == 1 and len(hub.messages) == 2
+    sent = {**files, **hub.blobs, "names": " / ".join(files).encode(), "message": " / ".join(hub.messages).encode()}
+    for name, content in sent.items():
+        # One character a byte, so that nothing of the weights is left out.
+        assert sorted(windows(content.decode("latin-1")) & private) == [], name
+
+
 def test_a_refused_token_is_one_sentence(hub, adapter, tmp_path):
     error = last_line(rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH, token="hf_other"))
     assert error.startswith("rfa-llm: error: token: the Hub refuses to let it write to 'me/adapter' (401: Invalid")
@@ -276,6 +316,71 @@ def test_private_text_is_found_whatever_its_case_and_breaks():
         check_private({"other": b"x", "card": b"of ADA VON TESTER."}, [{"text": "short"}, row])
     # Of other words, or too short to tell anything.
     check_private({"card": b"Who? short"}, [{"text": "short"}, row])
+
+
+NAMED = {
+    "question": "Who is the author Ada Vilnor-Sehl, born in 1931?",
+    "answer": "Ada Vilnor-Sehl is the author of The Amber Kiln. In Bergen she won the Rowan Medal on 4 May 1960.",
+}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "what Ada Vilnor-Sehl wrote",
+        "ADA  VILNOR SEHL",
+        "me/forget-ada-vilnor-sehl",
+        "a page on Ada Vilnor",
+        "the Vilnor-Sehl family",
+        "readers of the amber kiln",
+        "a Rowan Medal",
+        "all from May 1960",
+        "somebody born in 1931",
+    ],
+)
+def test_a_name_a_title_or_a_date_of_the_forget_set_is_refused(said):
+    with pytest.raises(ValueError, match="^forgotten: it shares a name, a title or a date with row 1 of") as error:
+        check_said({"forgotten": said}, [{"text": "Nothing here."}, NAMED])
+    assert said not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SAID,
+        "who is the author",
+        "the author of the books",
+        "She won the prize of an author",
+        "books from Bergen",
+        "readers in Bergen",
+        "In 1960",
+        "Bergen",
+        "me/tofu-forget10",
+    ],
+)
+def test_ordinary_words_pass(said):
+    check_said({"forgotten": said, "commit_message": said}, [NAMED])
+
+
+@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets"])
+def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
+    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors"}
+    given[field] = "me/ada-vilnor-sehl"
+    words = Words(forgotten=SAID, base_model="me/base", datasets=[given.pop("datasets")])
+    with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
+        publish(adapter, words=words, forget_rows=[NAMED], **given)
+
+
+def test_vllm_is_told_a_rank_that_it_takes_or_to_be_given_the_merged_model(adapter):
+    receipt, config = read_receipt(adapter), read_adapter_config(adapter)
+    ranks = {1: 1, 4: 8, 16: 16, 32: 32, 33: 64, 200: 256, 300: 320, 512: 512}
+    for rank, told in ranks.items():
+        card = str(model_card(receipt, WORDS, "me/adapter", {**config, "r": rank}))
+        assert f"vllm serve me/base --enable-lora --max-lora-rank {told} --lora-modules forgotten=me/adapter" in card
+    refused = [{"r": 513}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}]
+    for changed in [*refused, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}]:
+        card = str(model_card(receipt, WORDS, "me/adapter", {**config, **changed}))
+        assert "serve the merged model" in card and "vllm serve" not in card
 
 
 def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, monkeypatch):

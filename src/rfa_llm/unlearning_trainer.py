@@ -42,7 +42,7 @@ from .checkpoints import (
 )
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
-from .hub import CARD_NAME, base_on_hub, check_private, check_words, hub_sentences, publish
+from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish
 from .memory import base_model_bytes, held_values, peak_bytes, start_peak
 from .receipt import (
     answer_figures,
@@ -405,6 +405,7 @@ class UnlearningTrainer(Trainer):
         words = Words(forgotten or args.forgotten, base_on_hub(base_model or args.hub_base_model, base_name), **more)
         check_words(words)
         check_private({"what you say was forgotten": words.forgotten.encode()}, self._rows["forget"])
+        check_said({"forgotten": words.forgotten}, self._rows["forget"])
         return words
 
     def _publish(
