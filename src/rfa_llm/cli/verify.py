@@ -11,12 +11,12 @@ import pandas as pd
 from accelerate import PartialState
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from trl import TrlParser
 
 from rfa_llm.adapters import on_its_base, read_adapter
 from rfa_llm.card import has_figures_of
 from rfa_llm.checkpoints import base_model_digest
 from rfa_llm.cli.main import leading_words
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import CARD_NAME
@@ -40,7 +40,7 @@ class VerifyArguments:
 
     folder: str = field(
         default=None,
-        metadata={"help": "Folder of the adapter and its receipt, trained or downloaded; may come first."},
+        metadata={"help": "Folder of the adapter and its receipt, trained or downloaded; may come first. Required."},
     )
     forget: str | None = field(
         default=None,
@@ -188,12 +188,8 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser(
-        (VerifyArguments,),
-        prog="rfa-llm verify",
-        usage="%(prog)s FOLDER [--forget FILE] [--retain FILE] [--salt FILE] [--SETTING VALUE ...] [--debug]",
-    )
-    (args,) = parser.parse_args_and_config(leading_words(argv, "folder"))
+    usage = "%(prog)s FOLDER [--forget FILE] [--retain FILE] [--salt FILE] [--SETTING VALUE ...] [--debug]"
+    (args,) = read_settings((VerifyArguments,), "verify", leading_words(argv, "folder"), usage)
     checks = verify(args)
     width = checks["check"].str.len().max()
     for check, passed, found in checks.itertuples(index=False):
