@@ -270,6 +270,7 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
         ({"hub_base_model": "me/base"}, "^forgotten: nothing is said; say in your own words"),
         ({"forgotten": "some rows"}, "^base_model: '.*model' is no Hub id, and others have no such folder; give"),
         ({"forgotten": "w10 w11 W12  w13 ?", "hub_base_model": "me/base"}, "^forgotten: text of row 0 of the forget"),
+        ({"forgotten": "what w10 w11 w12 w13 said", "hub_base_model": "me/base"}, "^forgotten: it shares a name, a"),
         ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
     ],
 )
