@@ -207,7 +207,8 @@ def publish(
         folder: Of the adapter and its receipt.
         repo_id: Such as "me/adapter".
         words: For the card.
-        forget_rows: If given, it is checked that none of their text goes up.
+        forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
+            publisher says shares no name with them (`check_said`).
         private: Whether a repository that is made is private.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.

@@ -46,7 +46,7 @@ class PublishArguments:
     retain_log: str | None = field(default=None, metadata={"help": "Log of a model that never saw the forget set."})
     forget_dataset: str | None = field(
         default=None,
-        metadata={"help": "The forget set: it is checked that none of its text goes up, and it stays here."},
+        metadata={"help": "The forget set: it is checked that no text and no name of it goes up, and it stays here."},
     )
     private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository; by default main."})
