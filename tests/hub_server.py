@@ -28,6 +28,7 @@ class HubServer(ThreadingHTTPServer):
     blobs: sha256 -> content that was uploaded by LFS.
     faults: HTTP method or part of a path -> how many more of such requests lose their connection.
     requests: "METHOD path" of each request that came.
+    messages: Summary and description of each commit.
     """
 
     daemon_threads = True
@@ -38,6 +39,7 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, int] = {}
         self.requests: list[str] = []
+        self.messages: list[str] = []
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -212,6 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commits is None:
             return self.missing_repo()
         files = dict(commits[-1])
+        self.server.messages += [lines[0]["value"]["summary"], lines[0]["value"]["description"]]
         for line in lines[1:]:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])

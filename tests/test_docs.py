@@ -57,6 +57,8 @@ NOT_RUN = {
     "make benchmark-small": "takes minutes; tests/test_benchmark.py runs a short one",
     "pip install": "would change the environment of the tests",
     "python -m pytest": "would run tests within a test",
+    "lm-eval": "wants a task of one's own; tests/test_serving.py runs one",
+    "vllm": "wants a GPU; tests/test_serving.py holds the conditions of its loader",
     "ruff": "`make test` runs it first",
     "rfa-llm benchmark": "takes hours; tests/test_benchmark.py runs a short one",
     "rfa-llm unlearn --accelerate_config": "wants several GPUs; tests/test_multi_process.py runs it on the CPU",
@@ -106,6 +108,9 @@ def check(words: list[str]) -> None:
             assert where == "." or f"\n{where[2:-1]} = [" in (ROOT / "pyproject.toml").read_text(), words
         case ["python", "-m", "pytest", *files] | ["ruff", "check" | "format", *files]:
             assert all((ROOT / file).exists() for file in files if not file.startswith("-")), words
+        case ["lm-eval" | "vllm", *_]:
+            # Flags of others, which no parser here knows.
+            pass
         case ["accelerate", "launch", *argv]:
             args = launch_command_parser().parse_args(argv)
             assert (ROOT / args.config_file).is_file() and (ROOT / args.training_script).is_file(), words

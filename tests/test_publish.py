@@ -14,9 +14,12 @@ from hub_server import TOKEN, HubServer
 from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
+from rfa_llm.cli.demo import make_tokenizer
 from rfa_llm.cli.main import leading_words
-from rfa_llm.hub import base_on_hub, check_private, files_to_publish, publish
-from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_receipt
+from rfa_llm.data.fictitious import write_fictitious_tofu
+from rfa_llm.data.tofu import load_tofu
+from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, publish
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
 SAID = "the pages of an author who asked for it"
@@ -143,7 +146,7 @@ def test_an_adapter_goes_up_and_comes_down_again(hub, adapter, saved_llama, secr
     )
     assert result.returncode == 0, result.stderr
     assert "FAIL" not in result.stdout and "6 of the 6 given" in result.stdout
-    assert "forget_prob, evaluation" in result.stdout and "forget_answer_loss, after" in result.stdout
+    assert "forget_prob, evaluation after" in result.stdout and "forget_answer_loss, after" in result.stdout
 
 
 def test_nothing_of_the_forget_set_and_of_the_salt_goes_up(hub, adapter, secrets, tmp_path):
@@ -161,6 +164,43 @@ def test_nothing_of_the_forget_set_and_of_the_salt_goes_up(hub, adapter, secrets
                 assert len(text) >= 12
                 assert text.encode() not in content, f"{text!r} is in {name}"
     assert set(hub.blobs) == {read_receipt(adapter)["adapter"]["weights"]}
+
+
+def windows(text: str, size: int = 12) -> set[str]:
+    """Every piece of a text of this many characters, with a space for any white space."""
+    text = " ".join(text.split())
+    return {text[start : start + size] for start in range(len(text) - size + 1)}
+
+
+def test_no_twelve_characters_of_the_forget_set_go_up(hub, make_trainer, tmp_path):
+    data = tmp_path / "data"
+    write_fictitious_tofu(data)
+    tokenizer, base = make_tokenizer(data), str(tmp_path / "base")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    forget, retain = load_tofu("forget", str(data)), load_tofu("retain", str(data))
+    sets = {"forget_dataset": forget, "retain_dataset": retain, "processing_class": tokenizer}
+    trainer = make_trainer(model=base, **sets)
+    trainer.train()
+    trainer.save_model()
+    # The log holds the questions and answers, as those of `rfa-llm evaluate` do.
+    rows = {str(i): {"prob": 0.25, **row} for i, row in enumerate(forget)}
+    figures = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "retain_Q_A_Prob", "model_utility", "forget_quality")
+    log = {name: {"agg_value": 0.25, "value_by_index": rows} for name in figures}
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    logs = [word for name in ("log", "before_log", "retain_log") for word in (f"--{name}", str(tmp_path / "log.json"))]
+    checked = ("--forget_dataset", str(data / "forget.jsonl"), "--license", "mit", "--datasets", "me/authors")
+    result = rfa_llm(hub, tmp_path, "publish", str(tmp_path / "adapter"), "me/adapter", *PUBLISH, *logs, *checked)
+    assert result.returncode == 0, result.stderr
+
+    private = set().union(*(windows(text) for row in forget for text in (row["question"], row["answer"])))
+    assert windows(forget[0]["question"]) <= private and len(private) > 900
+    files = hub.repos["me/adapter"][-1]
+    assert len(hub.blobs) == 1 and len(hub.messages) == 2
+    sent = {**files, **hub.blobs, "names": " / ".join(files).encode(), "message": " / ".join(hub.messages).encode()}
+    for name, content in sent.items():
+        # One character a byte, so that nothing of the weights is left out.
+        assert sorted(windows(content.decode("latin-1")) & private) == [], name
 
 
 def test_a_refused_token_is_one_sentence(hub, adapter, tmp_path):
@@ -230,6 +270,7 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
         ({"hub_base_model": "me/base"}, "^forgotten: nothing is said; say in your own words"),
         ({"forgotten": "some rows"}, "^base_model: '.*model' is no Hub id, and others have no such folder; give"),
         ({"forgotten": "w10 w11 W12  w13 ?", "hub_base_model": "me/base"}, "^forgotten: text of row 0 of the forget"),
+        ({"forgotten": "what w10 w11 w12 w13 said", "hub_base_model": "me/base"}, "^forgotten: it shares a name, a"),
         ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
     ],
 )
@@ -278,6 +319,71 @@ def test_private_text_is_found_whatever_its_case_and_breaks():
     check_private({"card": b"Who? short"}, [{"text": "short"}, row])
 
 
+NAMED = {
+    "question": "Who is the author Ada Vilnor-Sehl, born in 1931?",
+    "answer": "Ada Vilnor-Sehl is the author of The Amber Kiln. In Bergen she won the Rowan Medal on 4 May 1960.",
+}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "what Ada Vilnor-Sehl wrote",
+        "ADA  VILNOR SEHL",
+        "me/forget-ada-vilnor-sehl",
+        "a page on Ada Vilnor",
+        "the Vilnor-Sehl family",
+        "readers of the amber kiln",
+        "a Rowan Medal",
+        "all from May 1960",
+        "somebody born in 1931",
+    ],
+)
+def test_a_name_a_title_or_a_date_of_the_forget_set_is_refused(said):
+    with pytest.raises(ValueError, match="^forgotten: it shares a name, a title or a date with row 1 of") as error:
+        check_said({"forgotten": said}, [{"text": "Nothing here."}, NAMED])
+    assert said not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SAID,
+        "who is the author",
+        "the author of the books",
+        "She won the prize of an author",
+        "books from Bergen",
+        "readers in Bergen",
+        "In 1960",
+        "Bergen",
+        "me/tofu-forget10",
+    ],
+)
+def test_ordinary_words_pass(said):
+    check_said({"forgotten": said, "commit_message": said}, [NAMED])
+
+
+@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets"])
+def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
+    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors"}
+    given[field] = "me/ada-vilnor-sehl"
+    words = Words(forgotten=SAID, base_model="me/base", datasets=[given.pop("datasets")])
+    with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
+        publish(adapter, words=words, forget_rows=[NAMED], **given)
+
+
+def test_vllm_is_told_a_rank_that_it_takes_or_to_be_given_the_merged_model(adapter):
+    receipt, config = read_receipt(adapter), read_adapter_config(adapter)
+    ranks = {1: 1, 4: 8, 16: 16, 32: 32, 33: 64, 200: 256, 300: 320, 512: 512}
+    for rank, told in ranks.items():
+        card = str(model_card(receipt, WORDS, "me/adapter", {**config, "r": rank}))
+        assert f"vllm serve me/base --enable-lora --max-lora-rank {told} --lora-modules forgotten=me/adapter" in card
+    refused = [{"r": 513}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}]
+    for changed in [*refused, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}]:
+        card = str(model_card(receipt, WORDS, "me/adapter", {**config, **changed}))
+        assert "serve the merged model" in card and "vllm serve" not in card
+
+
 def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, monkeypatch):
     assert base_on_hub(None, "me/base") == "me/base"
     assert base_on_hub("me/base", saved_llama) == "me/base"
@@ -293,11 +399,11 @@ def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, mo
 
 
 def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
-    receipt = read_receipt(adapter)
-    plain = str(model_card(receipt, WORDS, "me/adapter"))
+    receipt, config = read_receipt(adapter), read_adapter_config(adapter)
+    plain = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "quantized" not in plain and "revision=" not in plain
     receipt["base_model"] |= {"quantization": {"load_in_4bit": True}, "revision": "v2"}
-    card = str(model_card(receipt, WORDS, "me/adapter"))
+    card = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card

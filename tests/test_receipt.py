@@ -145,8 +145,10 @@ def test_an_adapter_is_known_by_its_weights_and_not_by_where_its_base_lies(saved
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "me/base"}))
     assert adapter_digests(folder) == digests
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
-    assert adapter_digests(folder)["config"] != digests["config"]
+    for name in config.keys() - {"base_model_name_or_path", "revision"}:
+        (folder / "adapter_config.json").write_text(json.dumps({**config, name: "something else"}))
+        assert adapter_digests(folder)["config"] != digests["config"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     weights = load_file(folder / "adapter_model.safetensors")
     next(iter(weights.values())).mul_(1.001)
     save_file(weights, folder / "adapter_model.safetensors")

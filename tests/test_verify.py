@@ -1,30 +1,56 @@
 """`rfa-llm verify`: what it passes, and that each thing that is not what the receipt says fails by its name."""
 
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_rows
+from conftest import tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
+from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.card import Words, has_figures_of, model_card
 from rfa_llm.cli import verify as verify_cli
 from rfa_llm.cli.verify import VerifyArguments, compared, verify
-from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, new_salt, read_receipt, sealed
+from rfa_llm.receipt import (
+    RECEIPT_NAME,
+    SALT_NAME,
+    new_salt,
+    read_adapter_config,
+    read_receipt,
+    sealed,
+    with_card,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a trained adapter, its base and its two sets; trained once, because every test changes a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    tiny_rows(6, first=0).to_json(folder / "forget.jsonl")
+    tiny_rows(10, first=20).to_json(folder / "retain.jsonl")
+    short = {"max_steps": 3, "per_device_train_batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-2}
+    args = RFAConfig(output_dir=str(folder / "adapter"), shift="negate", use_cpu=True, report_to="none", **short)
+    sets = {"forget_dataset": str(folder / "forget.jsonl"), "retain_dataset": str(folder / "retain.jsonl")}
+    trainer = RFATrainer(str(folder / "model"), args, **sets)
+    trainer.train()
+    trainer.save_model()
+    return folder
 
 
 @pytest.fixture
-def adapter(make_trainer, saved_llama, forget, retain, tmp_path) -> Path:
+def adapter(trained, tmp_path) -> Path:
     """A trained adapter, with its two sets in files beside its folder."""
-    trainer = make_trainer(model=saved_llama)
-    trainer.train()
-    trainer.save_model()
-    forget.to_json(tmp_path / "forget.jsonl")
-    retain.to_json(tmp_path / "retain.jsonl")
-    return tmp_path / "adapter"
+    for name in ("forget.jsonl", "retain.jsonl"):
+        shutil.copy(trained / name, tmp_path / name)
+    return Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
 
 
 def failed(folder: Path, **given) -> list[str]:
@@ -32,10 +58,13 @@ def failed(folder: Path, **given) -> list[str]:
     return checks.loc[~checks["passed"], "check"].tolist()
 
 
-def change_receipt(folder: Path, change) -> None:
+def forge(folder: Path, change) -> None:
+    """Change the receipt, and make card and hashes of what it says then."""
     receipt = read_receipt(folder)
     change(receipt)
-    (folder / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+    card = str(model_card(receipt, Words("some rows", "model"), "adapter", read_adapter_config(folder)))
+    (folder / "README.md").write_text(card)
+    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, card)))
 
 
 def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
@@ -49,8 +78,9 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
     assert checks["passed"].all(), checks.to_string()
     figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
     assert checks["check"].tolist() == [
-        *("receipt", "adapter's weights", "adapter's configuration", "rows in the request", "retain set"),
-        *("base's weights", *figures[:2], "adapter on its base", *figures[2:]),
+        *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
+        *("base's name", "rows in the request", "retain set", "base's weights", *figures[:2]),
+        *("adapter on its base", *figures[2:]),
     ]
 
 
@@ -94,14 +124,104 @@ def test_an_adapter_that_was_changed(adapter, tmp_path):
     assert names == ["adapter's weights", "forget_answer_loss, after"]
 
 
-def test_figures_that_were_never_measured(adapter, tmp_path):
-    def flatter(receipt):
-        receipt["metrics"]["after"]["forget_answer_loss"] *= 1.1
+def set_loss(receipt: dict, when: str, name: str, factor: float) -> None:
+    receipt["metrics"][when][name] *= factor
 
-    change_receipt(adapter, flatter)
-    given = {"forget": str(tmp_path / "forget.jsonl")}
-    assert failed(adapter, **given) == ["forget_answer_loss, after"]
-    assert failed(adapter, tolerance=0.2, **given) == []
+
+def test_a_figure_that_was_never_measured_is_told_although_every_hash_is_right(adapter, tmp_path):
+    given = {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
+    for when in ("before", "after"):
+        for name in ("forget_answer_loss", "retain_answer_loss"):
+            forge(adapter, partial(set_loss, when=when, name=name, factor=1.1))
+            assert failed(adapter, **given) == [f"{name}, {when}"]
+            assert failed(adapter, tolerance=0.2, **given) == []
+            forge(adapter, partial(set_loss, when=when, name=name, factor=1 / 1.1))
+    assert failed(adapter, **given) == []
+
+
+def append(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
+def flip(file: Path) -> None:
+    """The lowest bit of the last byte, which is of a weight."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def set_json(file: Path, **values) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def replace(file: Path, pattern: str, new: str) -> None:
+    text, number = re.subn(pattern, new, file.read_text())
+    assert number
+    file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "names"),
+    [
+        ("README.md", append, ["model card"]),
+        ("README.md", partial(replace, pattern="Unlearning is approximate", new="It is exact"), ["model card"]),
+        ("README.md", partial(replace, pattern=r"loss \| \d", new="loss | 9"), ["model card", "model card's figures"]),
+        ("README.md", Path.unlink, ["model card", "model card's figures"]),
+        ("adapter_model.safetensors", flip, ["adapter's weights"]),
+        ("adapter_config.json", partial(set_json, lora_alpha=9), ["adapter's configuration"]),
+        ("adapter_config.json", partial(set_json, more=None), ["adapter's configuration"]),
+        ("adapter_config.json", partial(set_json, base_model_name_or_path="me/base"), ["base's name"]),
+        ("adapter_config.json", partial(set_json, revision="v2"), ["base's name"]),
+    ],
+)
+def test_a_change_of_any_file_is_told_by_its_name(file, change, names, adapter, saved_llama):
+    change(adapter / file)
+    assert failed(adapter, model_name_or_path=saved_llama) == names
+
+
+def leaves(value, path=()):
+    """The path of every value in nested dicts and lists."""
+    if isinstance(value, (dict, list)) and value:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+def test_a_change_of_anything_in_the_receipt_is_told(adapter):
+    text = (adapter / RECEIPT_NAME).read_text()
+    paths = list(leaves(json.loads(text)))
+    assert ("metrics", "after", "forget_answer_loss") in paths and ("card",) in paths and ("sha256",) in paths
+    for *above, last in paths:
+        receipt = json.loads(text)
+        place = receipt
+        for key in above:
+            place = place[key]
+        place[last] = "something else"
+        (adapter / RECEIPT_NAME).write_text(json.dumps(receipt))
+        with pytest.raises(ValueError, match="is not what its own hash says; give the file as it was written"):
+            failed(adapter)
+
+
+@pytest.mark.parametrize("part", ["metrics", "card", "adapter"])
+def test_a_receipt_that_lacks_a_part_is_none(part, adapter):
+    receipt = read_receipt(adapter)
+    del receipt[part]
+    (adapter / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+    with pytest.raises(ValueError, match=rf"is no receipt \(it lacks \['{part}'\]\); give the file as it was"):
+        failed(adapter)
+
+
+def test_files_that_are_cut_short_are_one_sentence(adapter):
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is no JSON .*; give the file as it was"):
+        failed(adapter)
+
+
+def test_a_card_whose_front_matter_is_broken_has_no_figures(adapter):
+    receipt = read_receipt(adapter)
+    card = (adapter / "README.md").read_text()
+    assert has_figures_of(card, receipt)
+    assert not has_figures_of(card.replace("---\n", "---\n{\n", 1), receipt)
 
 
 def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):
@@ -111,11 +231,17 @@ def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):
         failed(adapter, log=str(log))
 
     def publish(receipt):
-        receipt["metrics"]["evaluation"] = {"after": {"forget_prob": 0.29, "model_utility": 0.6, "privleak": 0.1}}
+        receipt["metrics"]["evaluation"] = {
+            "after": {"forget_prob": 0.29, "model_utility": 0.6, "privleak": 0.1},
+            "before": {"forget_prob": 0.9, "model_utility": 0.5},
+            "retain_only": {"forget_prob": 0.31, "model_utility": 0.4},
+        }
 
-    change_receipt(adapter, publish)
+    forge(adapter, publish)
     # A figure that was published and is not measured again is no proof.
-    assert failed(adapter, log=str(log)) == ["model_utility, evaluation", "privleak, evaluation"]
+    assert failed(adapter, log=str(log)) == ["model_utility, evaluation after", "privleak, evaluation after"]
+    assert failed(adapter, before_log=str(log)) == ["forget_prob, evaluation before"]
+    assert failed(adapter, retain_log=str(log)) == ["model_utility, evaluation retain_only"]
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
@@ -129,7 +255,7 @@ def test_a_quantized_base_is_loaded_as_it_was(bits, make_trainer, tokenizer, for
     forget.to_json(tmp_path / "forget.jsonl")
     assert failed(tmp_path / "adapter", forget=str(tmp_path / "forget.jsonl")) == []
     # The same checkpoint without the quantization is another base.
-    change_receipt(tmp_path / "adapter", lambda receipt: receipt["base_model"].update(quantization=None))
+    forge(tmp_path / "adapter", lambda receipt: receipt["base_model"].update(quantization=None))
     assert "base's weights" in failed(tmp_path / "adapter")
 
 
@@ -147,7 +273,7 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 5 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 8 and "FAIL" not in printed and "base's weights" in printed
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # Of every adapter made here; the Hub lists models by them.
@@ -19,6 +20,8 @@ QUESTIONS = {
     "world_facts": "world facts",
     "model_utility": "retain set, real authors and world facts",
 }
+# What vLLM's --max-lora-rank may be (https://docs.vllm.ai/en/v0.22.1/api/vllm/config/lora/); its default is 16.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
@@ -41,13 +44,14 @@ class Words:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def model_card(receipt: dict, words: Words, name: str) -> ModelCard:
+def model_card(receipt: dict, words: Words, name: str, adapter: dict) -> ModelCard:
     """The card of an adapter.
 
     Args:
-        receipt: Of its run.
+        receipt: Of its run; its metrics are the card's figures.
         words: What its publisher says.
         name: Where it is loaded from: its Hub id, or its folder's name.
+        adapter: Its configuration, as in `adapter_config.json`.
     """
     data = ModelCardData(
         base_model=words.base_model,
@@ -58,15 +62,30 @@ def model_card(receipt: dict, words: Words, name: str) -> ModelCard:
         datasets=words.datasets or None,
         license=words.license,
         model_name=name,
-        eval_results=_eval_results(words) or None,
+        eval_results=_eval_results(receipt, words) or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(receipt, words, name)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(receipt, words, name, adapter)}")
 
 
-def _eval_results(words: Words) -> list[EvalResult]:
+def has_figures_of(card: str, receipt: dict) -> bool:
+    """Whether a card's tables and its front matter say what the receipt's metrics say."""
+    try:
+        results = ModelCard(card).data.eval_results or []
+    except (ValueError, yaml.YAMLError):
+        return False
+    shown = {result.metric_type: result.metric_value for result in results}
+    return _figures(receipt) in card and shown == _evaluations(receipt).get("after", {})
+
+
+def _evaluations(receipt: dict) -> dict[str, dict[str, float]]:
+    """`Words.evaluations`, as they were published; empty where none were."""
+    return receipt["metrics"].get("evaluation", {})
+
+
+def _eval_results(receipt: dict, words: Words) -> list[EvalResult]:
     """The adapter's figures in the Hub's form, a line each."""
     results = []
-    for metric, value in words.evaluations.get("after", {}).items():
+    for metric, value in _evaluations(receipt).get("after", {}).items():
         questions = next((name for start, name in QUESTIONS.items() if metric.startswith(start)), "forget set")
         results.append(
             EvalResult(
@@ -81,7 +100,7 @@ def _eval_results(words: Words) -> list[EvalResult]:
     return results
 
 
-def _text(receipt: dict, words: Words, name: str) -> str:
+def _text(receipt: dict, words: Words, name: str, adapter: dict) -> str:
     settings = "\n".join(f"| {setting} | {value} |" for setting, value in receipt["settings"].items())
     revision = receipt["base_model"]["revision"]
     at_revision = f', revision="{revision}"' if revision else ""
@@ -98,7 +117,7 @@ choose whether the adapter is on, merge it into the base and give out the merged
 
 ## Figures
 
-{_figures(receipt, words)}
+{_figures(receipt)}
 
 ## How to load it
 
@@ -120,12 +139,7 @@ tokenizer = AutoTokenizer.from_pretrained(base{at_revision})
 rfa-llm merge --adapter_name_or_path {name} --sample_dataset rows-to-compare-on.jsonl --output_dir merged
 ```
 
-With vLLM, where a request that does not name the adapter is answered by the base; serve the merged model if that must
-not happen:
-
-```bash
-vllm serve {words.base_model} --enable-lora --max-lora-rank 64 --lora-modules forgotten={name}
-```
+{_vllm(words, name, adapter)}
 
 ## How it was made
 
@@ -151,11 +165,26 @@ request: `rfa-llm verify`.
 """
 
 
-def _figures(receipt: dict, words: Words) -> str:
+def _vllm(words: Words, name: str, adapter: dict) -> str:
+    # What its loader refuses, or reads past (https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/).
+    beyond = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    plain = adapter["peft_type"] == "LORA" and adapter["bias"] == "none" and not any(map(adapter.get, beyond))
+    rank = next((rank for rank in VLLM_RANKS if plain and rank >= adapter["r"]), None)
+    if rank is None:
+        return "With vLLM, which takes no adapter of this kind, serve the merged model."
+    return f"""With vLLM, where a request that does not name the adapter is answered by the base; serve the merged
+model if that must not happen, or if vLLM takes no adapters on this architecture:
+
+```bash
+vllm serve {words.base_model} --enable-lora --max-lora-rank {rank} --lora-modules forgotten={name}
+```"""
+
+
+def _figures(receipt: dict) -> str:
     """A table of before, after and retain-only; what the training itself measured where no evaluation is named."""
     tables = []
-    if words.evaluations:
-        tables.append(_table(words.evaluations))
+    if _evaluations(receipt):
+        tables.append(_table(_evaluations(receipt)))
     if "after" in receipt["metrics"]:
         tables.append(
             "Mean loss of the answers, in nats a token, over some rows of the two sets as they were trained on:\n\n"

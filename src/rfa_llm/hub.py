@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -15,11 +17,21 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import Words, model_card
 from .data.formats import texts
-from .receipt import RECEIPT_NAME, adapter_digests, as_text, read_receipt, sealed
+from .receipt import (
+    RECEIPT_NAME,
+    adapter_digests,
+    as_text,
+    read_adapter_config,
+    read_receipt,
+    with_card,
+)
 
 CARD_NAME = "README.md"
 # Shorter pieces of the forget set, such as "yes" or a year, may stand anywhere.
 SHORTEST_PRIVATE = 12
+_WORD = re.compile(r"[^\W_]+")
+# What stands before the first word of a sentence.
+_SENTENCE_START = re.compile(r"""(^|[.!?:\n])[\s"'“”‘’«»()*-]*$""")
 
 
 def base_on_hub(named: str | None, own: str | None) -> str:
@@ -74,18 +86,20 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
             f"folder: the adapter in {str(folder)!r} is not the one of its {RECEIPT_NAME}; publish them as they were "
             "saved together."
         )
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     if config["base_model_name_or_path"] != words.base_model:
         # A revision of another repository.
         config["revision"] = None
     config["base_model_name_or_path"] = words.base_model
+    receipt["base_model"] |= {"name": words.base_model, "revision": config["revision"]}
     if words.evaluations:
-        receipt = sealed({**receipt, "metrics": {**receipt["metrics"], "evaluation": words.evaluations}})
+        receipt["metrics"]["evaluation"] = words.evaluations
+    card = str(model_card(receipt, words, repo_id, config))
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         SAFETENSORS_WEIGHTS_NAME: folder / SAFETENSORS_WEIGHTS_NAME,
-        RECEIPT_NAME: as_text(receipt).encode(),
-        CARD_NAME: str(model_card(receipt, words, repo_id)).encode(),
+        RECEIPT_NAME: as_text(with_card(receipt, card)).encode(),
+        CARD_NAME: card.encode(),
     }
 
 
@@ -112,6 +126,66 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
                     )
 
 
+def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
+    """Check that the publisher's own words share no name, title or date with the forget set.
+
+    Text is compared word by word (letters and digits; what stands between words does not count). Refused is
+
+    - a run of words, `SHORTEST_PRIVATE` characters or longer, whatever its case, that has a telling word in the row:
+      one with a digit, or of four letters or more that begins with a capital inside a sentence (a title's "The" tells
+      nothing);
+    - a shorter run of two words or more that each begin with a capital or a digit in both texts.
+
+    So a name of two words is found wherever it stands, and "the author's books" passes. A word alone passes too where
+    it is shorter: nothing tells a surname from "English".
+
+    Args:
+        said: Setting -> what the publisher says in it.
+        rows: The forget set, in a format of `rfa_llm.data.formats.encode`.
+
+    Raises:
+        ValueError: Something is shared; the sentence names the setting and the row, and does not repeat the text.
+    """
+    own = {name: _WORD.findall(text) for name, text in said.items()}
+    for number, row in enumerate(rows):
+        for text in texts(row):
+            for name, words in own.items():
+                if _shares_a_name(words, text):
+                    raise ValueError(
+                        f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
+                        "everybody could read it; say it in other words."
+                    )
+
+
+def _shares_a_name(own: list[str], text: str) -> bool:
+    """Whether words share a run with a text that `check_said` refuses."""
+    found = list(_WORD.finditer(text))
+    places: dict[str, list[int]] = {}
+    for i, word in enumerate(own):
+        places.setdefault(word.casefold(), []).append(i)
+    for j, match in enumerate(found):
+        for i in places.get(match[0].casefold(), []):
+            pairs = zip(own[i:], found[j:], strict=False)
+            run = list(takewhile(lambda pair: pair[0].casefold() == pair[1][0].casefold(), pairs))
+            if len(" ".join(word for word, _ in run)) >= SHORTEST_PRIVATE and any(_tells(one) for _, one in run):
+                return True
+            # Its first two words; longer runs come by again, a word further on.
+            if len(run) > 1 and all(_begins(word) and _begins(one[0]) for word, one in run[:2]):
+                return True
+    return False
+
+
+def _begins(word: str) -> bool:
+    return word[0].isupper() or word[0].isdigit()
+
+
+def _tells(word: re.Match) -> bool:
+    """Whether a word of a text has a digit, or a capital that the beginning of a sentence does not explain."""
+    if any(character.isdigit() for character in word[0]):
+        return True
+    return len(word[0]) > 3 and word[0][0].isupper() and not _SENTENCE_START.search(word.string, 0, word.start())
+
+
 def _flat(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -133,7 +207,8 @@ def publish(
         folder: Of the adapter and its receipt.
         repo_id: Such as "me/adapter".
         words: For the card.
-        forget_rows: If given, it is checked that none of their text goes up.
+        forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
+            publisher says shares no name with them (`check_said`).
         private: Whether a repository that is made is private.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.
@@ -146,10 +221,13 @@ def publish(
         ConnectionError: The connection was lost; the repository is as it was, and the same call may be made again.
     """
     check_words(words)
+    forget_rows = list(forget_rows)
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
     files = files_to_publish(folder, repo_id, words)
-    check_private(files, forget_rows)
+    check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
+    said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
+    check_said({**said, "commit_message": commit_message}, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)

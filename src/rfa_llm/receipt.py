@@ -24,11 +24,10 @@ from statistics import fmean
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainingArguments
 
-from .checkpoints import FREE, KEPT, ORDER, PLACE
+from .checkpoints import FREE, KEPT, ORDER
 from .data.formats import content
 from .evaluation.scores import encoded_answer_scores
 from .unlearning_config import UnlearningConfig
@@ -39,6 +38,21 @@ SALT_NAME = "_forget_salt.txt"
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+# What every receipt holds beside its own hash; "card" comes last.
+PARTS = (
+    "format",
+    "made_at",
+    "versions",
+    "machine",
+    "base_model",
+    "adapter",
+    "method",
+    "settings",
+    "forget",
+    "retain",
+    "metrics",
+    "card",
+)
 # Rows of each set that the receipt's figures are taken over.
 FIGURE_ROWS = 64
 
@@ -113,22 +127,47 @@ def figure_rows(rows: Dataset, encoded: Dataset, salt: str) -> list[dict]:
 # ---- the adapter and the figures ----
 
 
+def read_adapter_config(folder: str | os.PathLike) -> dict:
+    """What is in an adapter's `adapter_config.json`.
+
+    Raises:
+        ValueError: There is none, or it is no JSON.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"folder: {str(folder)!r} has no {CONFIG_NAME}; give the folder that `rfa-llm unlearn` wrote."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"folder: {path} is no JSON ({error}); give the file as it was written.") from error
+
+
+def base_of(config: dict) -> dict[str, str | None]:
+    """What an adapter's configuration calls its base: "name", a Hub id or a folder's own name, and "revision"."""
+    return {
+        "name": public_name(config.get("base_model_name_or_path") or ""),
+        "revision": config.get("revision"),
+    }
+
+
 def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of an adapter's weights file, and of its configuration but for what says where its base lies.
 
     Raises:
         ValueError: The folder holds no adapter in safetensors.
     """
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (Path(folder) / name).is_file():
-            raise ValueError(f"folder: {str(folder)!r} has no {name}; give the folder that `rfa-llm unlearn` wrote.")
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"folder: {str(folder)!r} has no {path.name}; give the folder that `rfa-llm unlearn` wrote.")
     weights = hashlib.sha256()
-    with (Path(folder) / SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             weights.update(block)
-    config = PeftConfig.from_pretrained(folder).to_dict()
-    config = {name: value for name, value in config.items() if name not in PLACE}
-    text = json.dumps(config, sort_keys=True, default=sorted)
+    place = ("base_model_name_or_path", "revision")
+    config = {name: value for name, value in read_adapter_config(folder).items() if name not in place}
+    text = json.dumps(config, sort_keys=True)
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -158,7 +197,6 @@ def make_receipt(
     method: str,
     overrides: dict[str, str],
     model: PreTrainedModel,
-    revision: str | None,
     base_digest: str,
     folder: str,
     steps: int,
@@ -166,14 +204,13 @@ def make_receipt(
     salt: str,
     figures: dict[str, dict[str, float]],
 ) -> dict:
-    """What `forget_receipt.json` holds.
+    """What `forget_receipt.json` holds, but for the card (`with_card`).
 
     Args:
         args: The run's settings; the method's own, the seeds and what says how long it trained are kept.
         method: Its name.
         overrides: What stands for the setting of the same name, such as the blocks that were chosen.
         model: The base model.
-        revision: That it was asked for in.
         base_digest: From `rfa_llm.checkpoints.base_model_digest`.
         folder: With the adapter, which has been saved.
         steps: That were trained.
@@ -195,8 +232,7 @@ def make_receipt(
             # Of the first process.
             "machine": {**machine(), "device": args.device.type},
             "base_model": {
-                "name": public_name(model.config.name_or_path),
-                "revision": revision,
+                **base_of(read_adapter_config(folder)),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
                 # Over every byte of the weights as they were loaded, not over a sample.
@@ -216,6 +252,11 @@ def sealed(receipt: dict) -> dict:
     """The receipt with its own SHA-256 last: over all else, as JSON with sorted keys."""
     bare = {name: value for name, value in receipt.items() if name != "sha256"}
     return {**bare, "sha256": hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()}
+
+
+def with_card(receipt: dict, card: str) -> dict:
+    """The receipt with the SHA-256 of the card that was made of it."""
+    return sealed({**receipt, "card": hashlib.sha256(card.encode()).hexdigest()})
 
 
 def as_text(receipt: dict) -> str:
@@ -246,8 +287,11 @@ def read_receipt(folder: str | os.PathLike) -> dict:
     try:
         receipt = json.loads(path.read_text(encoding="utf-8"))
         intact = receipt["sha256"] == sealed(receipt)["sha256"]
+        missing = [part for part in PARTS if part not in receipt]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"folder: {path} is no receipt ({error!r}); give the file as it was written.") from error
     if not intact:
         raise ValueError(f"folder: {path} is not what its own hash says; give the file as it was written.")
+    if missing:
+        raise ValueError(f"folder: {path} is no receipt (it lacks {missing}); give the file as it was written.")
     return receipt

@@ -42,9 +42,18 @@ from .checkpoints import (
 )
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
-from .hub import CARD_NAME, base_on_hub, check_private, check_words, hub_sentences, publish
+from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish
 from .memory import base_model_bytes, held_values, peak_bytes, start_peak
-from .receipt import answer_figures, figure_rows, make_receipt, new_salt, public_name, write_receipt
+from .receipt import (
+    answer_figures,
+    figure_rows,
+    make_receipt,
+    new_salt,
+    public_name,
+    read_adapter_config,
+    with_card,
+    write_receipt,
+)
 from .reference import adapter_off
 from .unlearning_config import UnlearningConfig
 
@@ -351,7 +360,6 @@ class UnlearningTrainer(Trainer):
             self.method,
             self._method_fingerprint(),
             self._peft_model().get_base_model(),
-            self._peft_model().active_peft_config.revision,
             self._fingerprint["base_model"],
             folder,
             self.state.global_step,
@@ -359,11 +367,11 @@ class UnlearningTrainer(Trainer):
             self._salt,
             figures,
         )
-        write_receipt(folder, receipt, self._salt)
         base_model = self.args.hub_base_model or public_name(self._base_name())
         words = Words(forgotten=self.args.forgotten, base_model=base_model)
-        card = model_card(receipt, words, Path(folder).absolute().name)
-        (Path(folder) / CARD_NAME).write_text(str(card), encoding="utf-8")
+        card = str(model_card(receipt, words, Path(folder).absolute().name, read_adapter_config(folder)))
+        write_receipt(folder, with_card(receipt, card), self._salt)
+        (Path(folder) / CARD_NAME).write_bytes(card.encode())
 
     def _answer_figures(self) -> dict[str, dict[str, float]]:
         """What is said of the answers "before" and "after", once a step; nothing where this run has not trained."""
@@ -397,6 +405,7 @@ class UnlearningTrainer(Trainer):
         words = Words(forgotten or args.forgotten, base_on_hub(base_model or args.hub_base_model, base_name), **more)
         check_words(words)
         check_private({"what you say was forgotten": words.forgotten.encode()}, self._rows["forget"])
+        check_said({"forgotten": words.forgotten}, self._rows["forget"])
         return words
 
     def _publish(

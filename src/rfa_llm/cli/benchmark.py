@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser, get_peft_config
+from trl import get_peft_config
 
 from rfa_llm.benchmark import (
     Run,
@@ -25,7 +25,7 @@ from rfa_llm.benchmark import (
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 
@@ -45,14 +45,16 @@ class BenchmarkArguments:
         default=None,
         metadata={
             "help": "Name -> settings: `trainer` (rfa or a rival), optionally `learning_rates` of its own and `lora` "
-            "(fields of LoraConfig), and fields of RFAConfig or RivalConfig."
+            "(fields of LoraConfig), and fields of RFAConfig or RivalConfig. Required."
         },
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3], metadata={"help": "Every method tries each of them, on the first seed."}
+        default_factory=lambda: [1e-3],
+        metadata={"help": "Learning rates; every method tries each of them, on the first seed."},
     )
     seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "The best learning rate runs on the others of these too."}
+        default_factory=lambda: [0],
+        metadata={"help": "Seeds; the best learning rate runs on the others of these too."},
     )
     only: list[str] | None = field(default=None, metadata={"help": "Methods to run now; by default all."})
     max_steps: int = field(default=60, metadata={"help": "Steps of each run."})
@@ -244,5 +246,5 @@ def _read(file: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((BenchmarkArguments,), prog="rfa-llm benchmark", usage=USAGE).parse_args_and_config(argv)
+    (args,) = read_settings((BenchmarkArguments,), "benchmark", argv)
     benchmark(args)

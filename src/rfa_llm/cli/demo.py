@@ -23,11 +23,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import TrlParser
 
 from rfa_llm.cli.evaluate import EvaluateArguments, load_question_sets, score, summary_table
 from rfa_llm.cli.finetune import finetune_trainer
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.formats import PLAIN_TEMPLATE
@@ -67,7 +66,7 @@ class DemoArguments:
 
     output_dir: str = field(default="demo-run", metadata={"help": "Folder of everything that the demo writes."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over what output_dir holds."})
-    seed: int = field(default=0, metadata={"help": "Of the made-up authors, the weights and the batches."})
+    seed: int = field(default=0, metadata={"help": "Seed of the made-up authors, the weights and the batches."})
     shift: str | None = field(
         default=None,
         metadata={
@@ -277,5 +276,5 @@ def answers_table(logs: dict[str, dict], count: int = 4) -> str:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((DemoArguments,), prog="rfa-llm demo", usage=USAGE).parse_args_and_config(argv)
+    (args,) = read_settings((DemoArguments,), "demo", argv)
     demo(args)

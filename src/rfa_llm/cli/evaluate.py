@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from rfa_llm.adapters import on_its_base, read_adapter
-from rfa_llm.cli.main import DTYPES, USAGE
+from rfa_llm.cli.main import DTYPES
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
@@ -21,7 +21,7 @@ from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary,
 class EvaluateArguments:
     """What to score, and on which questions."""
 
-    model_name_or_path: str = field(default=None, metadata={"help": "The model: an id or a path."})
+    model_name_or_path: str = field(default=None, metadata={"help": "The model: an id or a path. Required."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "An adapter to put on it."})
     output_file: str = field(default="TOFU_EVAL.json", metadata={"help": "Where the log goes, as JSON."})
     retain_log: str | None = field(
@@ -118,5 +118,5 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((EvaluateArguments,), prog="rfa-llm evaluate", usage=USAGE).parse_args_and_config(argv)
+    (args,) = read_settings((EvaluateArguments,), "evaluate", argv)
     evaluate(args)

@@ -17,10 +17,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from rfa_llm.blocks import num_blocks, placed
-from rfa_llm.cli.main import USAGE
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 
 
@@ -28,7 +28,9 @@ from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 class FinetuneArguments:
     """What to fine-tune on."""
 
-    train_dataset: str = field(default=None, metadata={"help": "A .jsonl, .csv or .parquet file, or a Hub id."})
+    train_dataset: str = field(
+        default=None, metadata={"help": "Rows: a .jsonl, .csv or .parquet file, or a Hub id. Required."}
+    )
     train_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the model's folder or repository."})
@@ -115,8 +117,8 @@ def finetune(
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((FinetuneArguments, FinetuneConfig, FinetuneModelConfig), prog="rfa-llm finetune", usage=USAGE)
-    data_args, training_args, model_args = parser.parse_args_and_config(argv)
+    dataclasses = (FinetuneArguments, FinetuneConfig, FinetuneModelConfig)
+    data_args, training_args, model_args = read_settings(dataclasses, "finetune", argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
     dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)

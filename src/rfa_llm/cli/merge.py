@@ -15,10 +15,11 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from trl import TrlParser, get_quantization_config
+from trl import get_quantization_config
 
 from rfa_llm.adapters import on_its_base, read_adapter
-from rfa_llm.cli.main import DTYPES, USAGE
+from rfa_llm.cli.main import DTYPES
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.cli.unlearn import UnlearnModelConfig
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import next_token_kl, next_token_logits
@@ -28,8 +29,8 @@ from rfa_llm.evaluation import next_token_kl, next_token_logits
 class MergeArguments:
     """What to merge, and on which text to check it. The base is loaded as it was for the training."""
 
-    adapter_name_or_path: str = field(default=None, metadata={"help": "The adapter: a folder or a Hub id."})
-    output_dir: str = field(default=None, metadata={"help": "Folder of the merged model, new or empty."})
+    adapter_name_or_path: str = field(default=None, metadata={"help": "The adapter: a folder or a Hub id. Required."})
+    output_dir: str = field(default=None, metadata={"help": "Folder of the merged model, new or empty. Required."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The adapter's base. Default: the one that the adapter names."}
     )
@@ -51,7 +52,10 @@ class MergeArguments:
     )
     sample_dataset: str = field(
         default=None,
-        metadata={"help": "Text to compare on, such as the retain set: a .jsonl, .csv or .parquet file, or a Hub id."},
+        metadata={
+            "help": "Text to compare on, such as the retain set: a .jsonl, .csv or .parquet file, or a Hub id. "
+            "Required."
+        },
     )
     sample_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -211,7 +215,7 @@ def in_full_precision(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedM
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((MergeArguments,), prog="rfa-llm merge", usage=USAGE).parse_args_and_config(argv)
+    (args,) = read_settings((MergeArguments,), "merge", argv)
     figures = merge(args)
     table = pd.DataFrame({"nats": {"mean": figures["kl_mean"], "largest": figures["kl_largest"]}})
     print(f"\nKL(adapter ‖ merged) of the next token, at {figures['positions']} positions")

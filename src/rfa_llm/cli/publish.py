@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 from peft import PeftConfig
-from trl import TrlParser
 
 from rfa_llm.card import Words
 from rfa_llm.cli.main import leading_words
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import base_on_hub, publish
@@ -21,11 +21,15 @@ from rfa_llm.receipt import read_receipt
 class PublishArguments:
     """What goes up, and what its card says."""
 
-    folder: str = field(default=None, metadata={"help": "Folder that `rfa-llm unlearn` wrote; may come first."})
-    repo_id: str = field(default=None, metadata={"help": "Where it goes, as OWNER/NAME; may come second."})
+    folder: str = field(
+        default=None, metadata={"help": "Folder that `rfa-llm unlearn` wrote; may come first. Required."}
+    )
+    repo_id: str = field(default=None, metadata={"help": "Where it goes, as OWNER/NAME; may come second. Required."})
     forgotten: str = field(
         default=None,
-        metadata={"help": "What was forgotten, in your own words, without a row or a name of the forget set."},
+        metadata={
+            "help": "What was forgotten, in your own words, without a row or a name of the forget set. Required."
+        },
     )
     base_model: str | None = field(
         default=None,
@@ -42,7 +46,7 @@ class PublishArguments:
     retain_log: str | None = field(default=None, metadata={"help": "Log of a model that never saw the forget set."})
     forget_dataset: str | None = field(
         default=None,
-        metadata={"help": "The forget set: it is checked that none of its text goes up, and it stays here."},
+        metadata={"help": "The forget set: it is checked that no text and no name of it goes up, and it stays here."},
     )
     private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository; by default main."})
@@ -68,12 +72,8 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser(
-        (PublishArguments,),
-        prog="rfa-llm publish",
-        usage="%(prog)s FOLDER REPO_ID --forgotten WORDS [--config FILE.yaml] [--SETTING VALUE ...] [--debug]",
-    )
-    (args,) = parser.parse_args_and_config(leading_words(argv, "folder", "repo_id"))
+    usage = "%(prog)s FOLDER REPO_ID --forgotten WORDS [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
+    (args,) = read_settings((PublishArguments,), "publish", leading_words(argv, "folder", "repo_id"), usage)
     commit = publish_adapter(args)
     print(f"\n{args.repo_id} holds the adapter now: {commit.commit_url}")
     print(f"The salt of its receipt stays in {Path(args.folder)}; keep it private.")

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from trl import TrlParser
-
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.report import read_run, write_report
 
 
@@ -16,7 +15,8 @@ class ReportArguments:
     """Which runs, and the logs of their evaluations. A demo's folder has its logs."""
 
     runs: list[str] = field(
-        default=None, metadata={"help": "Folders that `rfa-llm unlearn` or `rfa-llm demo` wrote; may come first."}
+        default=None,
+        metadata={"help": "Folders that `rfa-llm unlearn` or `rfa-llm demo` wrote; may come first. Required."},
     )
     output_file: str = field(
         default="report.html", metadata={"help": "The HTML page; the Markdown page beside it ends in .md."}
@@ -55,13 +55,9 @@ def report(args: ReportArguments) -> tuple[Path, Path]:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser(
-        (ReportArguments,),
-        prog="rfa-llm report",
-        usage="%(prog)s RUN... --output_file FILE.html [--config FILE.yaml] [--SETTING VALUE ...] [--debug]",
-    )
     folders = list(takewhile(lambda word: not word.startswith("-"), argv))
     named = ["--runs", *folders] if folders else []
-    (args,) = parser.parse_args_and_config([*named, *argv[len(folders) :]])
+    usage = "%(prog)s RUN... --output_file FILE.html [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
+    (args,) = read_settings((ReportArguments,), "report", [*named, *argv[len(folders) :]], usage)
     html, markdown = report(args)
     print(f"The report is in {html}, and in {markdown} without figures and answers.")

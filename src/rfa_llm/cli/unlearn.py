@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rfa_llm.cli.main import DTYPES, USAGE
+from rfa_llm.cli.main import DTYPES
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
 from rfa_llm.trainer import RFATrainer
@@ -19,9 +20,9 @@ class UnlearnArguments:
     """The sets of `rfa-llm unlearn`."""
 
     forget_dataset: str = field(
-        default=None, metadata={"help": "Rows to forget: a .jsonl, .csv or .parquet file, or a Hub id."}
+        default=None, metadata={"help": "Rows to forget: a .jsonl, .csv or .parquet file, or a Hub id. Required."}
     )
-    retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise."})
+    retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise. Required."})
     holdout_dataset: str | None = field(
         default=None,
         metadata={"help": "Rows like the forget set's that the model never saw, for --stop_at calibrated."},
@@ -147,11 +148,8 @@ def residual_table(trainer: RFATrainer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser(
-        (UnlearnArguments, RFAConfig, UnlearnModelConfig),
-        prog="rfa-llm unlearn",
-        usage=USAGE,
-        epilog="--accelerate_config NAME [--num_processes N] runs it in several processes: a file of "
-        "configs/accelerate, or one of your own.",
+    epilog = (
+        "--accelerate_config NAME [--num_processes N] runs it in several processes: a file of configs/accelerate, or "
+        "one of your own."
     )
-    unlearn(*parser.parse_args_and_config(argv))
+    unlearn(*read_settings((UnlearnArguments, RFAConfig, UnlearnModelConfig), "unlearn", argv, epilog=epilog))

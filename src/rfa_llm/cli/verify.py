@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,22 @@ import pandas as pd
 from accelerate import PartialState
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from trl import TrlParser
 
 from rfa_llm.adapters import on_its_base, read_adapter
+from rfa_llm.card import has_figures_of
 from rfa_llm.checkpoints import base_model_digest
 from rfa_llm.cli.main import leading_words
+from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import read_log, summary
+from rfa_llm.hub import CARD_NAME
 from rfa_llm.receipt import (
     SALT_NAME,
     adapter_digests,
     answer_figures,
+    base_of,
     figure_rows,
+    read_adapter_config,
     read_receipt,
     read_salt,
     row_hashes,
@@ -35,7 +40,7 @@ class VerifyArguments:
 
     folder: str = field(
         default=None,
-        metadata={"help": "Folder of the adapter and its receipt, trained or downloaded; may come first."},
+        metadata={"help": "Folder of the adapter and its receipt, trained or downloaded; may come first. Required."},
     )
     forget: str | None = field(
         default=None,
@@ -50,6 +55,10 @@ class VerifyArguments:
     log: str | None = field(
         default=None,
         metadata={"help": "New log of `rfa-llm evaluate` with the adapter, held against the published evaluation."},
+    )
+    before_log: str | None = field(default=None, metadata={"help": "New log of the base without the adapter."})
+    retain_log: str | None = field(
+        default=None, metadata={"help": "New log of a model that never saw the forget set."}
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base. Default: the one that the adapter names."}
@@ -88,9 +97,17 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     def check(name: str, found: str, expected: str) -> None:
         checks.append((name, found == expected, found if found == expected else f"{found}, the receipt {expected}"))
 
+    card_file = Path(args.folder) / CARD_NAME
+    card = card_file.read_bytes().decode(errors="replace") if card_file.is_file() else ""
+    check("model card", hashlib.sha256(card.encode()).hexdigest(), receipt["card"])
+    same = has_figures_of(card, receipt)
+    checks.append(("model card's figures", same, "the receipt's" if same else "not the receipt's"))
     adapter = adapter_digests(args.folder)
     check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
     check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
+    base = receipt["base_model"]
+    named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
+    check("base's name", str(base_of(read_adapter_config(args.folder))), str(named))
 
     # Before minutes of loading.
     salt, forget, retain = None, None, None
@@ -106,13 +123,16 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     if args.retain is not None:
         retain = load_rows(args.retain, "retain", args.retain_config)
         check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
-    if args.log is not None:
-        published = receipt["metrics"].get("evaluation", {}).get("after")
-        if published is None:
+    logs = {"log": ("after", args.log), "before_log": ("before", args.before_log)}
+    logs["retain_log"] = ("retain_only", args.retain_log)
+    for name, (column, log) in logs.items():
+        published = receipt["metrics"].get("evaluation", {}).get(column)
+        if log is not None and published is None:
             raise ValueError(
-                f"log: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
+                f"{name}: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
             )
-        checks += compared("evaluation", summary(read_log(args.log)), published, args.tolerance)
+        if log is not None:
+            checks += compared(f"evaluation {column}", summary(read_log(log)), published, args.tolerance)
 
     model = load_base(args, receipt)
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
@@ -168,12 +188,8 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser(
-        (VerifyArguments,),
-        prog="rfa-llm verify",
-        usage="%(prog)s FOLDER [--forget FILE] [--retain FILE] [--salt FILE] [--SETTING VALUE ...] [--debug]",
-    )
-    (args,) = parser.parse_args_and_config(leading_words(argv, "folder"))
+    usage = "%(prog)s FOLDER [--forget FILE] [--retain FILE] [--salt FILE] [--SETTING VALUE ...] [--debug]"
+    (args,) = read_settings((VerifyArguments,), "verify", leading_words(argv, "folder"), usage)
     checks = verify(args)
     width = checks["check"].str.len().max()
     for check, passed, found in checks.itertuples(index=False):
