@@ -255,8 +255,8 @@ def test_a_command_that_is_wrong_does_not_pass_the_check(words, monkeypatch):
 
 def test_flags_in_the_text_are_some_command_s(monkeypatch):
     monkeypatch.chdir(ROOT)
-    # Read before a command's own parser is there.
-    known = {"--config", "--debug", "--accelerate_config", "--num_processes"}
+    # Read before a command's own parser is there; and vLLM's --max-lora-rank.
+    known = {"--config", "--debug", "--accelerate_config", "--num_processes", "--max"}
     needed = {"unlearn": ["--output_dir", "x"], "finetune": ["--output_dir", "x"], "gpu": ["--output", "x"]}
     for module in [*(f"rfa_llm.cli.{command}" for command in COMMANDS), "gpu", "memory", "speed"]:
         parser = parse(import_module(module).main, needed.get(module.rpartition(".")[2], []))
