@@ -16,6 +16,7 @@ from rfa_llm.cli.finetune import FinetuneArguments, FinetuneConfig, FinetuneMode
 from rfa_llm.cli.main import COMMANDS, main, run
 from rfa_llm.cli.merge import MergeArguments
 from rfa_llm.cli.publish import PublishArguments
+from rfa_llm.cli.report import ReportArguments
 from rfa_llm.cli.unlearn import UnlearnArguments, UnlearnModelConfig
 from rfa_llm.cli.verify import VerifyArguments
 from rfa_llm.config import RFAConfig
@@ -47,6 +48,12 @@ SUBCOMMANDS = {
         ("OUT", "folder: 'OUT' has no forget_receipt.json; give"),
         ("", "folder: none is given; give"),
         "batch_size",
+    ),
+    "report": (
+        [ReportArguments],
+        ("OUT", "runs: 'OUT' holds no forget_receipt.json, and"),
+        ("", "runs: none is given; give"),
+        None,
     ),
     "merge": (
         [MergeArguments],

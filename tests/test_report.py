@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
-from rfa_llm.receipt import RECEIPT_NAME, sealed
+from rfa_llm.receipt import RECEIPT_NAME, with_card
 from rfa_llm.report import read_run, write_report
 from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
@@ -91,10 +91,12 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
     """A folder as `rfa-llm unlearn` leaves it, as far as a report reads it."""
     folder.mkdir(parents=True)
     receipt = {
+        "format": 1,
         "made_at": "2026-01-02T03:04:05+00:00",
         "versions": {"torch": "2.13.0"},
         "machine": {"cpu": "a CPU", "cores": 2},
         "base_model": {"name": "target", "revision": None, "dtype": "float32", "quantization": None},
+        "adapter": {},
         "method": "rfa",
         "settings": {"alpha": 4.0, "shift": "local", "steps": 3},
         "forget": {"rows": 4},
@@ -104,7 +106,7 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
             "after": {"forget_answer_loss": 2.5, "retain_answer_loss": 0.1875},
         },
     }
-    (folder / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, "a card")))
     state = TrainerState(global_step=steps, log_history=history() if log_history is None else log_history)
     state.save_to_json(str(folder / "trainer_state.json"))
     return folder

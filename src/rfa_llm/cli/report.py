@@ -36,18 +36,16 @@ class ReportArguments:
         },
     )
 
-    def __post_init__(self):
-        if not self.runs:
-            raise ValueError("runs: none is given; give the folders as `rfa-llm report RUN...`.")
-        if self.log is not None and len(self.log) != len(self.runs):
-            raise ValueError(
-                f"log: {len(self.log)} given for {len(self.runs)} runs; give one a run, in the order of the runs."
-            )
-
 
 def report(args: ReportArguments) -> tuple[Path, Path]:
     """Write the pages and return their paths; see `rfa_llm.report.write_report`."""
+    if not args.runs:
+        raise ValueError("runs: none is given; give the folders as `rfa-llm report RUN...`.")
     logs = args.log or [None] * len(args.runs)
+    if len(logs) != len(args.runs):
+        raise ValueError(
+            f"log: {len(logs)} given for {len(args.runs)} runs; give one a run, in the order of the runs."
+        )
     runs = [
         read_run(folder, log, args.before_log, args.retain_log) for folder, log in zip(args.runs, logs, strict=True)
     ]
