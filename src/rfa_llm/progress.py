@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 
-class _Bar(ProgressCallback):
+# In a notebook transformers has a bar of another kind.
+class _Bar(DEFAULT_PROGRESS_CALLBACK):
     def on_log(self, *args, **kwargs):
         pass
 
@@ -13,5 +15,5 @@ class _Bar(ProgressCallback):
 def bar_alone(trainer: Trainer) -> None:
     """Let a trainer show its bar, and print no logs; they stay in `trainer.state.log_history`."""
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(_Bar)
