@@ -13,6 +13,8 @@ from nbformat import NotebookNode
 
 # Seconds that one cell may take.
 TIMEOUT = 3600
+# Bars of tqdm, which only a living kernel can show; the Trainer's own bar is none.
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(notebook: NotebookNode, folder: Path, environment: dict[str, str]) -> None:
@@ -37,6 +39,9 @@ def run(notebook: NotebookNode, folder: Path, environment: dict[str, str]) -> No
         coalesce_streams=True,
     )
     client.execute(env=environment)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     notebook.metadata["outputs_of"] = code_digest(notebook)
 
 
@@ -51,8 +56,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"run_notebook: {' '.join(argv) or 'nothing'} is no notebook; give the file of one.")
     path = Path(argv[0])
     notebook = nbformat.read(path, as_version=4)
-    # Bars of tqdm are widgets that no file shows; the Trainer's own bar is none.
-    run(notebook, path.parent, {**os.environ, "TQDM_DISABLE": "1"})
+    run(notebook, path.parent, dict(os.environ))
     nbformat.write(notebook, path)
 
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from rfa_llm import TofuEvaluationCallback, evaluate_tofu
 from rfa_llm.callbacks import draw_residuals
-from rfa_llm.evaluation import summary
+from rfa_llm.evaluation import answer_losses, summary
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"max_new_tokens": 4, "batch_size": 4}
@@ -109,6 +109,21 @@ def test_the_end_is_evaluated_once_whatever_ends_the_training(max_steps, stop, s
     assert list(figures(trainer)) == steps
     # Without a retain log there is nothing to compare with.
     assert not any("forget_quality" in of_step for of_step in figures(trainer).values())
+
+
+def test_an_evaluation_leaves_the_calibrations_look_to_the_log_of_the_step(make_trainer):
+    # The answers that the untrained model finds less likely are the holdout set.
+    sets = [tiny_rows(3, first=0), tiny_rows(3, first=40)]
+    likely, unlikely = sorted(
+        sets, key=lambda rows: np.mean(answer_losses(tiny_llama(), tiny_tokenizer(), list(rows)))
+    )
+    config = {"stop_at": "calibrated", "calibration_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
+    trainer = make_trainer(config, forget_dataset=likely, holdout_dataset=unlikely)
+    trainer.add_callback(TofuEvaluationCallback(trainer, question_sets(), steps=1, **SHORT))
+    trainer.train()
+    assert list(figures(trainer)) == [1, 2]
+    looks = [log for log in trainer.state.log_history if "forget_answer_loss" in log and "train_runtime" not in log]
+    assert [log["step"] for log in looks] == [1, 2] and all("loss" in log for log in looks)
 
 
 def test_an_evaluation_thaws_no_weight_of_the_adapter():

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import is_in_notebook
 
+if is_in_notebook():
+    from transformers.utils.notebook import NotebookProgressCallback
 
-# In a notebook transformers has a bar of another kind.
-class _Bar(DEFAULT_PROGRESS_CALLBACK):
-    def on_log(self, *args, **kwargs):
-        pass
+    class _Bar(NotebookProgressCallback):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            # The table of losses under the bar.
+            self.training_tracker.inner_table = None
+
+        def on_log(self, *args, **kwargs):
+            pass
+else:
+
+    class _Bar(ProgressCallback):
+        def on_log(self, *args, **kwargs):
+            pass
 
 
 def bar_alone(trainer: Trainer) -> None:
