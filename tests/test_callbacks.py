@@ -17,8 +17,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from trl import TrlParser
 
-from rfa_llm import TofuEvaluationCallback, evaluate_tofu
+from rfa_llm import RFAConfig, TofuEvaluationCallback, evaluate_tofu
 from rfa_llm.callbacks import draw_residuals
 from rfa_llm.evaluation import answer_losses, summary
 
@@ -173,6 +174,15 @@ def test_tensorboard_has_every_figure_under_its_name(make_trainer, retain_log):
         for name in names:
             logged = {log["step"]: log[name] for log in trainer.state.log_history if name in log}
             assert read[f"train/{name}"] == pytest.approx(logged, rel=1e-6) and list(logged) == steps, name
+
+
+@pytest.mark.parametrize(("words", "space"), [([], False), (["--trackio_static_space_id", "me/runs"], "me/runs")])
+def test_a_push_takes_a_tracked_run_along_only_where_it_is_named(words, space, tmp_path):
+    # None, transformers' default, would make a public Space of the run.
+    (args,) = TrlParser((RFAConfig,)).parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", *words]
+    )
+    assert args.trackio_static_space_id == space
 
 
 def test_the_picture_shows_the_figures_of_the_log():
