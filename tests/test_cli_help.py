@@ -23,7 +23,8 @@ from rfa_llm.config import RFAConfig
 from rfa_llm.unlearning_config import UnlearningConfig
 
 # Of each subcommand: our own dataclasses; words with a file that is not there, and how its sentence begins; words
-# that lack something (none where nothing is needed), likewise; and a setting that takes a number, if it has one.
+# that lack something (none where nothing is needed), likewise; and a setting that takes a number or a choice, if it
+# has one.
 SUBCOMMANDS = {
     "unlearn": (
         [UnlearnArguments, RFAConfig, UnlearningConfig, UnlearnModelConfig],
@@ -53,7 +54,7 @@ SUBCOMMANDS = {
         [ReportArguments],
         ("OUT", "runs: 'OUT' holds no forget_receipt.json, and"),
         ("", "runs: none is given; give"),
-        None,
+        "forget_text",
     ),
     "merge": (
         [MergeArguments],

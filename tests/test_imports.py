@@ -19,19 +19,20 @@ ALLOWED = {
     "adapters": set(),
     "evaluation": {"evaluation", "data.formats", "adapters"},
     "feature_cache": {"data"},
-    "reference": {"blocks", "residuals", "feature_cache"},
+    "reference": {"adapters", "blocks", "residuals", "feature_cache"},
     "memory": set(),
     "checkpoints": {"unlearning_config", "memory"},
     "receipt": {"checkpoints", "data.formats", "evaluation", "unlearning_config"},
     "card": set(),
     "hub": {"card", "receipt", "data.formats"},
     "unlearning_trainer": {"adapters", "blocks", "data", "memory", "checkpoints", "unlearning_config"}
-    | {"card", "hub", "receipt", "reference"},
+    | {"card", "hub", "receipt"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
-    "calibration": {"data", "evaluation", "reference"},
+    "calibration": {"adapters", "data", "evaluation"},
     "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
     | {"calibration", "checkpoints", "data", "feature_cache"},
+    "callbacks": {"evaluation", "memory"},
     "progress": set(),
     "benchmark": {
         "benchmark",

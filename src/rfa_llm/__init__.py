@@ -4,15 +4,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .callbacks import ResidualPlotCallback, TofuEvaluationCallback
     from .config import RFAConfig
     from .data.tofu import load_tofu
     from .evaluation import evaluate_tofu
     from .trainer import RFATrainer
 
 __version__ = "0.1.0"
-__all__ = ["RFAConfig", "RFATrainer", "evaluate_tofu", "load_tofu"]
+__all__ = [
+    "RFAConfig",
+    "RFATrainer",
+    "ResidualPlotCallback",
+    "TofuEvaluationCallback",
+    "evaluate_tofu",
+    "load_tofu",
+]
 
-_HOMES = {"RFAConfig": "config", "RFATrainer": "trainer", "evaluate_tofu": "evaluation", "load_tofu": "data.tofu"}
+_HOMES = {
+    "RFAConfig": "config",
+    "RFATrainer": "trainer",
+    "ResidualPlotCallback": "callbacks",
+    "TofuEvaluationCallback": "callbacks",
+    "evaluate_tofu": "evaluation",
+    "load_tofu": "data.tofu",
+}
 
 
 def __getattr__(name: str):

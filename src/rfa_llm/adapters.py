@@ -1,4 +1,5 @@
-"""Adapters: the dtype that they compute in, and saved ones read with care (peft takes what fits and says nothing)."""
+"""Adapters: off and on, the dtype that they compute in, and saved ones read with care (peft takes what fits and says
+nothing)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,20 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Switch the adapters off inside the context, without a graph: the model is its own reference there."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.no_grad(), model.disable_adapter():
+        # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
+        # reads in the first forward which weights train, so they must never look frozen.
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
+        yield
+    for parameter, train in trains:
+        parameter.requires_grad_(train)
 
 
 @contextmanager

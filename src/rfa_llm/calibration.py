@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .adapters import adapter_off
 from .data.formats import spread
 from .evaluation.scores import answer_losses
-from .reference import adapter_off
 
 logger = logging.get_logger(__name__)
 

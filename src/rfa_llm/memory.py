@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -40,6 +41,13 @@ def gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     # It leaves alone what is not cut up.
     with GatheredParameters([tensor]):
         yield tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Cut FSDP2's weights up again after a forward, which leaves some whole for a backward that does not come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def base_model_bytes(model: nn.Module) -> int:

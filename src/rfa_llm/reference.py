@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
 
+from .adapters import adapter_off
 from .blocks import find_blocks
 from .feature_cache import FeatureRows, batches, join, row_features, save_whole
 from .residuals import block_features
@@ -26,20 +27,6 @@ from .residuals import block_features
 MASKABLE = ("eager", "sdpa", "flex_attention")
 # Layer types, by their names in transformers' configs, that mix tokens by attention and by nothing else.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-@contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Switch the adapters off inside the context, without a graph: the model is its own reference there."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.no_grad(), model.disable_adapter():
-        # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
-        # reads in the first forward which weights train, so they must never look frozen.
-        for parameter, train in trains:
-            parameter.requires_grad_(train)
-        yield
-    for parameter, train in trains:
-        parameter.requires_grad_(train)
 
 
 def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:

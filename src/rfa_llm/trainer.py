@@ -194,10 +194,11 @@ class RFATrainer(UnlearningTrainer):
 
     def log(self, logs, start_time=None):
         """Add a look of the calibration to the log of its step, and the last one to the summary at the end."""
-        if self._calibration is not None and (self._calibration.is_new or "train_runtime" in logs):
+        calibration = self._calibration
+        if calibration is not None and ("train_runtime" in logs or ("loss" in logs and calibration.is_new)):
             # In place, because `train` returns the summary as the run's metrics.
-            logs.update(self._calibration.look)
-            self._calibration.is_new = False
+            logs.update(calibration.look)
+            calibration.is_new = False
         super().log(logs, start_time)
 
     # ---- the method ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -53,6 +53,10 @@ class UnlearningConfig(TrainingArguments):
 
     hub_strategy: str = field(
         default="end", metadata={"help": "Must stay so: checkpoints hold more than the public may see."}
+    )
+    # None would let a push of the adapter put the tracked run, settings and all, into a public Space.
+    trackio_static_space_id: str | None | Literal[False] = field(
+        default=False, metadata={"help": "Space for a snapshot of the trackio run when the adapter is pushed."}
     )
 
     # Rows and model.

@@ -14,7 +14,6 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .adapters import computing_in_model_dtype
+from .adapters import adapter_off, computing_in_model_dtype
 from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
 from .card import TAGS, Words, model_card
 from .checkpoints import (
@@ -43,7 +42,7 @@ from .checkpoints import (
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
 from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish
-from .memory import base_model_bytes, held_values, peak_bytes, start_peak
+from .memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
 from .receipt import (
     answer_figures,
     figure_rows,
@@ -54,7 +53,6 @@ from .receipt import (
     with_card,
     write_receipt,
 )
-from .reference import adapter_off
 from .unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
@@ -280,11 +278,14 @@ class UnlearningTrainer(Trainer):
         self._sums[name] = self._sums.get(name, 0) + value.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what `_add_up` took since the last log."""
+        """Add the means of what `_add_up` took since the last log.
+
+        They go into the Trainer's own logs, the loss and the summary at the end, and not into a callback's.
+        """
         if "train_runtime" in logs:
             # The summary at the end; in place, because `train` returns this dict as the run's metrics.
             logs.update(self._memory_figures())
-        if self._sums:
+        if self._sums and ("loss" in logs or "train_runtime" in logs):
             steps = self.state.global_step - self._sums_since_step
             totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
             logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
@@ -382,10 +383,7 @@ class UnlearningTrainer(Trainer):
                 before = answer_figures(self.model, sets, batch_size)
             self._figures = {"before": before, "after": answer_figures(self.model, sets, batch_size)}
             self._figures_step = self.state.global_step
-            # A forward leaves some weights whole, for a backward that does not come.
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.model)
         return self._figures
 
     # ---- publishing ----

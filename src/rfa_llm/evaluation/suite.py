@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rfa_llm.adapters import adapter_off
 from rfa_llm.evaluation import fluency, memorisation, metrics
 from rfa_llm.evaluation.log import read_attack_scores, read_log, read_retain_truth_ratios
 from rfa_llm.evaluation.scores import (
@@ -101,15 +102,7 @@ def evaluate_tofu(
         ValueError: a set or a column is missing, a set or its wrong answers are empty, or `retain_log` is of another
             forget set or holdout set.
     """
-    _check(sets)
-    if retain_log is not None:
-        retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log)
-        retain_ratios = read_retain_truth_ratios(retain_log)
-        if len(retain_ratios) != len(sets["forget"]):
-            raise ValueError(
-                f"retain_log has {len(retain_ratios)} truth ratios but the forget set has {len(sets['forget'])} "
-                "questions; give the log of a retain-only model on the same forget set."
-            )
+    retain_log = check_questions(sets, retain_log)
     log = {}
     for name in SETS:
         rows = list(sets[name])
@@ -123,6 +116,7 @@ def evaluate_tofu(
                 log |= _membership(model, tokenizer, rows, scores, holdout, batch_size, gradient_norm, retain_log)
     if retain_log is not None:
         ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
+        retain_ratios = read_retain_truth_ratios(retain_log)
         log["forget_quality"] = {"agg_value": metrics.forget_quality(ratios, retain_ratios)}
     log["model_utility"] = {"agg_value": metrics.model_utility([log[key]["agg_value"] for key in UTILITY_METRICS])}
     return log
@@ -141,7 +135,18 @@ def summary(log: Mapping[str, dict]) -> dict[str, float]:
     return {column: log[metric]["agg_value"] for column, metric in SUMMARY.items() if metric in log}
 
 
-def _check(sets: Mapping[str, Dataset]) -> None:
+def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike | dict | None) -> dict | None:
+    """Check what `evaluate_tofu` is to be given, before hours of anything else.
+
+    Args:
+        sets, retain_log: as in `evaluate_tofu`.
+
+    Returns:
+        The retain log, read.
+
+    Raises:
+        ValueError: as `evaluate_tofu`.
+    """
     checked = {name: has_paraphrases for name, (_, has_paraphrases) in SETS.items()}
     if "holdout" in sets:
         checked["holdout"] = False
@@ -170,6 +175,16 @@ def _check(sets: Mapping[str, Dataset]) -> None:
                     f"row {index} of the question set {name!r} has perturbed_answer={wrong!r}; "
                     "give a list of wrong answers, at least one."
                 )
+    if retain_log is None:
+        return None
+    retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log)
+    count = len(read_retain_truth_ratios(retain_log))
+    if count != len(sets["forget"]):
+        raise ValueError(
+            f"retain_log has {count} truth ratios but the forget set has {len(sets['forget'])} questions; give the "
+            "log of a retain-only model on the same forget set."
+        )
+    return retain_log
 
 
 def _probabilities(
@@ -275,7 +290,7 @@ def _fluency(
     }
     answered = [row for row in rows if row["answer"]]
     if answered:
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with adapter_off(model) if isinstance(model, PeftModel) else nullcontext():
             scores = answer_scores(model, tokenizer, answered, batch_size=batch_size, desc="forget: perplexity")
         counts = [len(score.token_losses) for score in scores]
         log["forget_Q_A_perplexity"] = {"agg_value": fluency.perplexity([score.loss for score in scores], counts)}
