@@ -153,7 +153,7 @@ def run_or_check(command: str, hub: HubServer) -> None:
     if command.startswith(ON_THE_HUB):
         ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         ours |= {"HF_HOME": "hub", "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        ours["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        ours |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         module = {"rfa-llm": "rfa_llm.cli.main", "hf": "huggingface_hub.cli.hf"}[words[0]]
         words = [sys.executable, "-m", module, *words[1:]]
         done = subprocess.run(words, env=ours, capture_output=True, text=True, timeout=300)

@@ -57,7 +57,9 @@ def execute(settings: str, hub: HubServer, tmp_path: Path):
     parameters(notebook).source = settings
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-    run_notebook.run(notebook, tmp_path, {**environment(hub, tmp_path), "OMP_NUM_THREADS": "1"})
+    # IPython's own folder, so that nothing of the user's account plays a part.
+    more = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(tmp_path / "ipython")}
+    run_notebook.run(notebook, tmp_path, {**environment(hub, tmp_path), **more})
     return notebook
 
 

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import tiny_llama
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
@@ -18,7 +20,7 @@ from rfa_llm.cli.demo import make_tokenizer
 from rfa_llm.cli.main import leading_words
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, publish
+from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, hub_sentences, publish
 from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
@@ -63,7 +65,8 @@ def environment(hub: HubServer, tmp_path: Path, token: str = TOKEN) -> dict[str,
     """Of a process that knows no other Hub, and nothing of this machine's account and cache."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token}
-    return {**ours, **home, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # A proxy of the machine's would not find it.
+    return {**ours, **home, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
 
 def rfa_llm(hub: HubServer, tmp_path: Path, *words: str, **more) -> subprocess.CompletedProcess:
@@ -194,7 +197,7 @@ def test_no_twelve_characters_of_the_forget_set_go_up(hub, make_trainer, tmp_pat
     assert result.returncode == 0, result.stderr
 
     private = set().union(*(windows(text) for row in forget for text in (row["question"], row["answer"])))
-    assert windows(forget[0]["question"]) <= private and len(private) > 900
+    assert len(private) > 900
     files = hub.repos["me/adapter"][-1]
     assert len(hub.blobs) == 1 and len(hub.messages) == 2
     sent = {**files, **hub.blobs, "names": " / ".join(files).encode(), "message": " / ".join(hub.messages).encode()}
@@ -271,6 +274,10 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
         ({"forgotten": "some rows"}, "^base_model: '.*model' is no Hub id, and others have no such folder; give"),
         ({"forgotten": "w10 w11 W12  w13 ?", "hub_base_model": "me/base"}, "^forgotten: text of row 0 of the forget"),
         ({"forgotten": "what w10 w11 w12 w13 said", "hub_base_model": "me/base"}, "^forgotten: it shares a name, a"),
+        (
+            {"forgotten": "some rows", "hub_base_model": "me/base", "hub_model_id": "me/without-w10-w11-w12-w13"},
+            "^hub_model_id: it shares a name, a title or a date with row 0 of the forget",
+        ),
         ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
     ],
 )
@@ -309,6 +316,29 @@ def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match=f"^folder: the adapter in .* is not the one of its {RECEIPT_NAME}; publish"):
         publish(adapter, "me/adapter", WORDS)
+
+
+def response(status: int) -> SimpleNamespace:
+    """What the errors read of one."""
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "sentence"),
+    [
+        (
+            RevisionNotFoundError("404", response=response(404)),
+            ValueError,
+            "^revision: 'me/adapter' has no such branch",
+        ),
+        (HfHubHTTPError("413", response=response(413)), ValueError, "^repo_id: the Hub refuses the upload .*413"),
+        (HfHubHTTPError("403", response=response(403)), PermissionError, "^token: the Hub refuses .*403"),
+        (HfHubHTTPError("502", response=response(502)), ConnectionError, "so run the same command again"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_from_what_went_wrong(refusal, kind, sentence):
+    with pytest.raises(kind, match=sentence), hub_sentences("me/adapter"):
+        raise refusal
 
 
 def test_private_text_is_found_whatever_its_case_and_breaks():
@@ -363,11 +393,12 @@ def test_ordinary_words_pass(said):
     check_said({"forgotten": said, "commit_message": said}, [NAMED])
 
 
-@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets"])
+@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets", "license", "revision"])
 def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
-    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors"}
+    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
     given[field] = "me/ada-vilnor-sehl"
-    words = Words(forgotten=SAID, base_model="me/base", datasets=[given.pop("datasets")])
+    words = {"datasets": [given.pop("datasets")], "license": given.pop("license")}
+    words = Words(forgotten=SAID, base_model="me/base", **words)
     with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
         publish(adapter, words=words, forget_rows=[NAMED], **given)
 
@@ -402,8 +433,11 @@ def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
     receipt, config = read_receipt(adapter), read_adapter_config(adapter)
     plain = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "quantized" not in plain and "revision=" not in plain
+    assert "me/adapter --sample_dataset" in plain and "--dtype float32" in plain
     receipt["base_model"] |= {"quantization": {"load_in_4bit": True}, "revision": "v2"}
     card = str(model_card(receipt, WORDS, "me/adapter", config))
+    # Merged onto other weights than those of its training it would forget less.
+    assert "me/adapter --load_in_4bit --base_dtype float32 --sample_dataset" in card and "vllm serve" not in card
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card

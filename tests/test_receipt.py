@@ -52,6 +52,16 @@ def test_the_base_digest_is_over_every_byte_and_knows_no_adapter():
     assert base_model_digest(model) != digest
 
 
+def test_each_training_has_figures_of_its_own(saved):
+    trainer, folder = saved
+    first = read_receipt(folder)["metrics"]
+    # As many steps as the first, and an adapter that has moved on.
+    trainer.train()
+    trainer.save_model()
+    second = read_receipt(folder)["metrics"]
+    assert second["before"] == first["before"] and second["after"] != first["after"]
+
+
 def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):
     trainer, folder = saved
     receipt = read_receipt(folder)

@@ -79,7 +79,8 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
     figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
     assert checks["check"].tolist() == [
         *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
-        *("base's name", "rows in the request", "retain set", "base's weights", *figures[:2]),
+        *("base's name", "rows to forget", "rows in the request", "rows to keep", "retain set", "base's weights"),
+        *figures[:2],
         *("adapter on its base", *figures[2:]),
     ]
 
@@ -139,8 +140,26 @@ def test_a_figure_that_was_never_measured_is_told_although_every_hash_is_right(a
     assert failed(adapter, **given) == []
 
 
+def test_numbers_and_figures_that_nothing_stands_behind(adapter, saved_llama):
+    forge(adapter, lambda receipt: receipt["forget"].update(rows=1000))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["rows to forget"]
+    forge(adapter, lambda receipt: receipt["forget"].update(rows=6))
+    forge(adapter, lambda receipt: receipt["metrics"]["after"].update(forget_quality=1.0))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["figures, after"]
+
+
+def test_a_receipt_of_another_format_is_refused(adapter):
+    forge(adapter, lambda receipt: receipt.update(format=2))
+    with pytest.raises(ValueError, match="^folder: .* is of format 2, and this rfa-llm reads format 1; use"):
+        verify(VerifyArguments(folder=str(adapter)))
+
+
 def append(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\n")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
 
 
 def flip(file: Path) -> None:
@@ -167,6 +186,9 @@ def replace(file: Path, pattern: str, new: str) -> None:
         ("README.md", partial(replace, pattern=r"loss \| \d", new="loss | 9"), ["model card", "model card's figures"]),
         ("README.md", Path.unlink, ["model card", "model card's figures"]),
         ("adapter_model.safetensors", flip, ["adapter's weights"]),
+        ("adapter_model.safetensors", cut, ["adapter's weights", "adapter on its base"]),
+        # The path of a folder of the same name is no other base; its weights are held against the receipt.
+        ("adapter_config.json", partial(set_json, base_model_name_or_path="once/it/was/here/model"), []),
         ("adapter_config.json", partial(set_json, lora_alpha=9), ["adapter's configuration"]),
         ("adapter_config.json", partial(set_json, more=None), ["adapter's configuration"]),
         ("adapter_config.json", partial(set_json, base_model_name_or_path="me/base"), ["base's name"]),
@@ -273,7 +295,7 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 8 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 9 and "FAIL" not in printed and "base's weights" in printed
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])

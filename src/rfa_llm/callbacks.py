@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .evaluation.scores import BrokenModelError
 from .evaluation.suite import check_questions, evaluate_tofu, summary
 from .memory import reshard
 
@@ -74,8 +75,8 @@ class TofuEvaluationCallback(TrainerCallback):
         self._evaluated = state.global_step
         try:
             log = evaluate_tofu(model, tokenizer, self._sets, retain_log=self._retain_log, **self._settings)
-        except ValueError as error:
-            # The sets are checked by now, so the adapter is broken, on which the trainer ends with the last good one.
+        except BrokenModelError as error:
+            # The trainer ends with the last good adapter.
             logger.warning(f"No TOFU figures of step {state.global_step}: {error}")
             return
         reshard(model)

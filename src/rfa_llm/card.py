@@ -136,10 +136,10 @@ tokenizer = AutoTokenizer.from_pretrained(base{at_revision})
 {_quantization(receipt)}Merged, as one model without a switch (the safe way to hand it on):
 
 ```bash
-rfa-llm merge --adapter_name_or_path {name} --sample_dataset rows-to-compare-on.jsonl --output_dir merged
+rfa-llm merge --adapter_name_or_path {name} {_bits(receipt)}--sample_dataset ROWS.jsonl --output_dir merged
 ```
 
-{_vllm(words, name, adapter)}
+{_vllm(receipt, words, name, adapter)}
 
 ## How it was made
 
@@ -165,18 +165,29 @@ request: `rfa-llm verify`.
 """
 
 
-def _vllm(words: Words, name: str, adapter: dict) -> str:
+def _bits(receipt: dict) -> str:
+    """The words of `rfa-llm merge` for a base that bitsandbytes quantizes as it is loaded."""
+    quantization = receipt["base_model"]["quantization"] or {}
+    flags = [f"--{name} " for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
+    return "".join([*flags, f"--base_dtype {receipt['base_model']['dtype']} "] if flags else [])
+
+
+def _vllm(receipt: dict, words: Words, name: str, adapter: dict) -> str:
+    base = receipt["base_model"]
     # What its loader refuses, or reads past (https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/).
     beyond = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
     plain = adapter["peft_type"] == "LORA" and adapter["bias"] == "none" and not any(map(adapter.get, beyond))
+    plain = plain and base["quantization"] is None
     rank = next((rank for rank in VLLM_RANKS if plain and rank >= adapter["r"]), None)
     if rank is None:
-        return "With vLLM, which takes no adapter of this kind, serve the merged model."
+        return "With vLLM, which takes no adapter of this kind or loads the base otherwise, serve the merged model."
+    at_revision = f" --revision {base['revision']}" if base["revision"] else ""
     return f"""With vLLM, where a request that does not name the adapter is answered by the base; serve the merged
 model if that must not happen, or if vLLM takes no adapters on this architecture:
 
 ```bash
-vllm serve {words.base_model} --enable-lora --max-lora-rank {rank} --lora-modules forgotten={name}
+vllm serve {words.base_model} --enable-lora --max-lora-rank {rank} --lora-modules forgotten={name} \\
+    --dtype {base["dtype"]}{at_revision}
 ```"""
 
 

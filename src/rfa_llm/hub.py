@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -113,7 +113,7 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
     Raises:
         ValueError: Some is; the sentence names the file and the row, and does not repeat the text.
     """
-    contents = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    contents = {name: _header(file) if isinstance(file, Path) else file for name, file in files.items()}
     # Case and line breaks do not make another text of it.
     contents = {name: _flat(content.decode("utf-8", errors="ignore")) for name, content in contents.items()}
     for number, row in enumerate(rows):
@@ -186,6 +186,12 @@ def _tells(word: re.Match) -> bool:
     return len(word[0]) > 3 and word[0][0].isupper() and not _SENTENCE_START.search(word.string, 0, word.start())
 
 
+def _header(weights: Path) -> bytes:
+    """All that is text in a safetensors file: its length stands in the first eight bytes."""
+    with weights.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
 def _flat(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -216,7 +222,7 @@ def publish(
         blocking: Whether to wait for the end.
 
     Raises:
-        ValueError: Bad input; nothing has gone up.
+        ValueError: Bad input, or what the Hub refuses of it; nothing has gone up.
         PermissionError: The Hub refuses the token, or there is no such repository for it.
         ConnectionError: The connection was lost; the repository is as it was, and the same call may be made again.
     """
@@ -227,7 +233,8 @@ def publish(
     files = files_to_publish(folder, repo_id, words)
     check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
     said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
-    check_said({**said, "commit_message": commit_message}, forget_rows)
+    said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
+    check_said(said, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -242,18 +249,27 @@ def hub_sentences(repo_id: str) -> Iterator[None]:
     """Turn the many lines of a failed request to the Hub into one sentence.
 
     Raises:
-        PermissionError, ConnectionError: As in `publish`.
+        ValueError, PermissionError, ConnectionError: As in `publish`.
     """
     try:
         yield
     except (HTTPError, RuntimeError) as error:
         # Uploads of large files wrap what went wrong.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+        if isinstance(cause, RevisionNotFoundError):
+            raise ValueError(
+                f"revision: {repo_id!r} has no such branch; make it there first, or leave revision out."
+            ) from error
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
             reason = (cause.server_message or "no reason given").splitlines()[0]
+            status = cause.response.status_code
+            if status not in (401, 403, 404):
+                raise ValueError(
+                    f"repo_id: the Hub refuses the upload to {repo_id!r} ({status}: {reason})."
+                ) from error
             raise PermissionError(
-                f"token: the Hub refuses to let it write to {repo_id!r} ({cause.response.status_code}: {reason}); log "
-                "in with `hf auth login`, or set HF_TOKEN to a token with write access there."
+                f"token: the Hub refuses to let it write to {repo_id!r} ({status}: {reason}); log in with `hf auth "
+                "login`, or set HF_TOKEN to a token with write access there."
             ) from error
         what = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ConnectionError(

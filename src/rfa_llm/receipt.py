@@ -35,6 +35,7 @@ from .unlearning_config import UnlearningConfig
 RECEIPT_NAME = "forget_receipt.json"
 # transformers' own `push_to_hub` leaves out names that begin with an underscore, as ours does.
 SALT_NAME = "_forget_salt.txt"
+FORMAT = 1
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -226,7 +227,7 @@ def make_receipt(
     quantization = model.config.to_dict().get("quantization_config")
     return sealed(
         {
-            "format": 1,
+            "format": FORMAT,
             "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
             # Of the first process.
@@ -260,7 +261,8 @@ def with_card(receipt: dict, card: str) -> dict:
 
 
 def as_text(receipt: dict) -> str:
-    return json.dumps(receipt, indent=2) + "\n"
+    # As it is read by people, and searched for words of the forget set.
+    return json.dumps(receipt, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_receipt(folder: str | os.PathLike, receipt: dict, salt: str) -> None:
@@ -294,4 +296,9 @@ def read_receipt(folder: str | os.PathLike) -> dict:
         raise ValueError(f"folder: {path} is not what its own hash says; give the file as it was written.")
     if missing:
         raise ValueError(f"folder: {path} is no receipt (it lacks {missing}); give the file as it was written.")
+    if receipt["format"] != FORMAT:
+        raise ValueError(
+            f"folder: {path} is of format {receipt['format']}, and this rfa-llm reads format {FORMAT}; use the one "
+            "that wrote it."
+        )
     return receipt

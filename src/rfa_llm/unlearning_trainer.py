@@ -237,6 +237,11 @@ class UnlearningTrainer(Trainer):
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError("peft_config: the model carries an adapter already; leave peft_config out.")
+            if list(model.peft_config) != ["default"]:
+                raise ValueError(
+                    f"model: its adapters are {list(model.peft_config)}; give it a single one, named 'default', which "
+                    "peft saves in the folder itself."
+                )
         else:
             if peft_config is None:
                 peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
@@ -403,7 +408,9 @@ class UnlearningTrainer(Trainer):
         words = Words(forgotten or args.forgotten, base_on_hub(base_model or args.hub_base_model, base_name), **more)
         check_words(words)
         check_private({"what you say was forgotten": words.forgotten.encode()}, self._rows["forget"])
-        check_said({"forgotten": words.forgotten}, self._rows["forget"])
+        # The Trainer makes the repository as soon as it is made itself.
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        check_said({"forgotten": words.forgotten, "hub_model_id": repo_id}, self._rows["forget"])
         return words
 
     def _publish(
@@ -563,6 +570,7 @@ class UnlearningTrainer(Trainer):
         result = super()._init_training_state(*args, **kwargs)
         self._sums, self._sums_since_step = {}, self.state.global_step
         self._good_step, self._good_adapter = -1, {}
+        self._figures_step, self._figures = 0, {}
         return result
 
 

@@ -58,6 +58,9 @@ def launch(argv: list[str]) -> bool:
         if own.num_processes is not None:
             _check_num_processes(own.num_processes, own.accelerate_config, settings)
             words += ["--num_processes", own.num_processes]
+        if settings.get("num_machines", 1) == 1 and "main_process_port" not in settings:
+            # Any that is free: accelerate's own choice is one port, and another run may have it.
+            words += ["--main_process_port", "0"]
         environment = {**os.environ, "TMPDIR": temporary}
         if settings.get("use_cpu"):
             # accelerate's file alone does not bring several CPU processes together.

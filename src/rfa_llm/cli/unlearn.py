@@ -107,8 +107,8 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         quantization_config=get_quantization_config(model_args),
     )
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
-    trainer.save_model(training_args.output_dir)
     trainer.save_state()
+    trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(
         f"\n{residual_table(trainer)}\n\n{memory_report(metrics, training_args.device)}\n\n"
         f"Adapter saved to {training_args.output_dir}."

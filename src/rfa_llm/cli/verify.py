@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 from accelerate import PartialState
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from rfa_llm.adapters import on_its_base, read_adapter
+from rfa_llm.adapters import on_its_base
 from rfa_llm.card import has_figures_of
 from rfa_llm.checkpoints import base_model_digest
 from rfa_llm.cli.main import leading_words
@@ -87,7 +88,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         One row a check, with `check` (str), `passed` (bool) and `found` (str).
 
     Raises:
-        ValueError: Bad input, a receipt that was changed, or an adapter that does not load on the base.
+        ValueError: Bad input, or a receipt that was changed.
     """
     if args.folder is None:
         raise ValueError("folder: none is given; give it as `rfa-llm verify FOLDER`.")
@@ -107,7 +108,12 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
     base = receipt["base_model"]
     named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
-    check("base's name", str(base_of(read_adapter_config(args.folder))), str(named))
+    found = base_of(read_adapter_config(args.folder))
+    if "/" not in named["name"]:
+        # A folder's own name, of a path that need not be there any more.
+        found["name"] = Path(found["name"]).name
+    check("base's name", str(found), str(named))
+    check("rows to forget", str(len(receipt["forget"]["row_hashes"])), str(receipt["forget"]["rows"]))
 
     # Before minutes of loading.
     salt, forget, retain = None, None, None
@@ -117,11 +123,12 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         forget = load_rows(args.forget, "forget", args.forget_config)
         hashes, asked = row_hashes(forget, salt), receipt["forget"]["row_hashes"]
         known = len([one for one in hashes if one in set(asked)])
-        checks.append(("rows in the request", known == len(hashes), f"{known} of the {len(hashes)} given"))
+        checks.append(("rows in the request", 0 < known == len(hashes), f"{known} of the {len(hashes)} given"))
         # The figures are of the whole set.
         forget = forget if hashes == asked else None
     if args.retain is not None:
         retain = load_rows(args.retain, "retain", args.retain_config)
+        check("rows to keep", str(len(retain)), str(receipt["retain"]["rows"]))
         check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
     logs = {"log": ("after", args.log), "before_log": ("before", args.before_log)}
     logs["retain_log"] = ("retain_only", args.retain_log)
@@ -144,9 +151,16 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         sets = {name: figure_rows(rows, prepare(rows, tokenizer, name, length), salt) for name, rows in sets.items()}
     for when in ("before", "after"):
         if when == "after":
-            model = on_its_base(model, args.folder)
+            try:
+                model = on_its_base(model, args.folder)
+            except (ValueError, SafetensorError) as error:
+                checks.append(("adapter on its base", False, str(error).splitlines()[0]))
+                break
             checks.append(("adapter on its base", True, "it loads"))
         published = receipt["metrics"].get(when, {})
+        strange = sorted(set(published) - {"forget_answer_loss", "retain_answer_loss"})
+        if strange:
+            checks.append((f"figures, {when}", False, f"{strange} are none that a training measures"))
         figures = answer_figures(model, sets, args.batch_size)
         checks += compared(
             when, figures, {name: published[name] for name in figures if name in published}, args.tolerance
@@ -173,7 +187,7 @@ def revision(args: VerifyArguments) -> dict[str, str]:
 def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
     """The base as it was loaded for the training: in the same dtype, quantized in the same way."""
     base = receipt["base_model"]
-    name = args.model_name_or_path or read_adapter(args.folder).base_model_name_or_path
+    name = args.model_name_or_path or read_adapter_config(args.folder)["base_model_name_or_path"]
     device = PartialState(cpu=args.use_cpu).device
     settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision(args)}
     # Checkpoints that are quantized themselves need no word.

@@ -20,6 +20,10 @@ from rfa_llm.adapters import computing_in_model_dtype
 from rfa_llm.data.formats import encode
 
 
+class BrokenModelError(ValueError):
+    """A loss is NaN."""
+
+
 @dataclass(frozen=True)
 class AnswerScore:
     """What the model makes of one answer of n tokens, its closing end-of-sequence token included, given the true
@@ -101,7 +105,9 @@ def encoded_answer_scores(
                 progress.update(len(indices))
     for index, score in enumerate(scores):
         if np.isnan(score.token_losses).any():
-            raise ValueError(f"the model's loss on row {index} is NaN; its weights, or its adapter's, are broken.")
+            raise BrokenModelError(
+                f"the model's loss on row {index} is NaN; its weights, or its adapter's, are broken."
+            )
     return scores
 
 

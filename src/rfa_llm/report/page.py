@@ -13,6 +13,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rfa_llm.report import figures
 from rfa_llm.report.runs import Run, answers, forget_test, logged_steps, residuals, scores
 
+# Of the Markdown page; the templates have it too.
+TITLE = "# Unlearning report"
+
 
 @dataclass
 class Table:
@@ -64,6 +67,9 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
     path = Path(output_file)
     if path.suffix != ".html" or path.is_dir():
         raise ValueError(f"output_file: {str(output_file)!r} is no name of an HTML file; give one that ends in .html.")
+    markdown = path.with_suffix(".md")
+    if markdown.is_file() and not markdown.read_text(encoding="utf-8").startswith(TITLE):
+        raise ValueError(f"output_file: {str(markdown)!r} is there, and no report; give another name.")
     if forget_text not in ("hide", "leave_out"):
         raise ValueError(f"forget_text: {forget_text!r} is not known; give 'hide' or 'leave_out'.")
     labels = [run.name if len(runs) == 1 else f"{number}: {run.name}" for number, run in enumerate(runs, 1)]

@@ -64,6 +64,11 @@ def read_run(
             "`rfa-llm unlearn` or `rfa-llm demo` wrote."
         )
     receipt = read_receipt(adapter)
+    if receipt["method"] != "rfa":
+        raise ValueError(
+            f"runs: {str(folder)!r} is of the method {receipt['method']!r}, which has no residuals; give folders of "
+            "RFA's runs."
+        )
     given = {"target": before_log, "unlearned": log, "retain-only": retain_log}
     paths = {}
     for name in LOGS:
@@ -73,7 +78,8 @@ def read_run(
         elif is_demo and own.is_file():
             paths[name] = own
     logs = {name: read_log(path) for name, path in paths.items()}
-    truth_ratios = {name: read_retain_truth_ratios(log) for name, log in logs.items()}
+    # By their paths, so that an error names the file.
+    truth_ratios = {name: read_retain_truth_ratios(path) for name, path in paths.items()}
     _check(paths, logs, truth_ratios)
     name = folder.absolute().name
     return Run(name, receipt, _history(adapter / TRAINER_STATE_NAME, receipt), logs, truth_ratios)
