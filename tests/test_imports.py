@@ -80,3 +80,8 @@ def test_imports_run_one_way(room):
 def test_help_does_not_load_torch():
     code = "import sys, rfa_llm, rfa_llm.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_trainer_does_not_load_what_the_metrics_need():
+    code = "import sys, rfa_llm.trainer; sys.exit('nltk' in sys.modules or 'scipy.stats' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

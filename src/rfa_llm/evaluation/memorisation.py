@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import mannwhitneyu
+import scipy
 
 # The least deviation to divide by: OpenUnlearning keeps the variance at 1e-6 or above.
 LEAST_DEVIATION = 1e-3
@@ -160,7 +160,7 @@ def membership_auc(forget_scores: Sequence[float], holdout_scores: Sequence[floa
         if np.isnan(scores).any():
             raise ValueError(f"{name} holds NaN; check the model's weights, or its adapter's.")
     # U alone is wanted; the asymptotic p-value is the cheap one.
-    pairs_won = mannwhitneyu(holdout, forget, method="asymptotic").statistic
+    pairs_won = scipy.stats.mannwhitneyu(holdout, forget, method="asymptotic").statistic
     return float(pairs_won / (forget.size * holdout.size))
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import hmean, ks_2samp
+
+# Its modules load as they are used; scipy.stats takes longer than all of this package.
+import scipy
 
 
 def answer_probability(losses: Sequence[float]) -> np.ndarray:
@@ -100,6 +101,9 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[st
     Raises:
         ValueError: the two differ in length.
     """
+    # Here, because it brings nltk and, where that is installed, scikit-learn: a second for whoever only trains.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     pairs = []
     for prediction, reference in zip(predictions, references, strict=True):
@@ -131,7 +135,7 @@ def model_utility(values: Sequence[float]) -> float:
             f"model_utility got {len(values)} values; give nine: probability, ROUGE and truth ratio "
             "on each of retain, real authors and world facts."
         )
-    return float(hmean(np.asarray(values, dtype=np.float64)))
+    return float(scipy.stats.hmean(np.asarray(values, dtype=np.float64)))
 
 
 def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
@@ -147,4 +151,4 @@ def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[fl
     Raises:
         ValueError: one of the two is empty.
     """
-    return float(ks_2samp(unlearned_ratios, retain_ratios).pvalue)
+    return float(scipy.stats.ks_2samp(unlearned_ratios, retain_ratios).pvalue)
