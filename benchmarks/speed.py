@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from gpu import StepClock, build_rows, build_tokenizer, memory_bytes, peak_flops, reset_peak_memory
 from memory import count_parameters, shape_config
+from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,7 +54,10 @@ RFA = {
     "rfa_random_order": {"train_sampling_strategy": "random"},
     "rfa_branch_residual": {"residual": "branch"},
     "rfa_default_blocks": {"blocks": None},
+    "rfa_rank_16": {},
 }
+# LoRA's rank where it is not the default.
+RANKS = {"rfa_rank_16": 16}
 SHIPPED = {"npo_as_shipped": "npo", "rmu_as_shipped": "rmu"}
 METHODS = [*RFA, "npo", "rmu", *SHIPPED, "floor"]
 GROWING = ["rfa", "npo", "npo_as_shipped"]
@@ -137,6 +141,9 @@ def make_trainer(task: dict, model: PreTrainedModel, folder: str, clock: StepClo
         trainer = RIVALS[task["method"]](model=model, args=args, callbacks=[clock], **rows)
     else:
         args = RFAConfig(**{**common, "blocks": aligned_blocks(task, model), **RFA[task["method"]]})
+        if task["method"] in RANKS:
+            rank = RANKS[task["method"]]
+            rows["peft_config"] = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
         trainer = RFATrainer(model=model, args=args, callbacks=[clock], **rows)
     trainer.remove_callback(PrinterCallback)
     return trainer
