@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import HubServer
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,6 +55,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def hub():
+    """A Hub of our own, on loopback."""
+    server = HubServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

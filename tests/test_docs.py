@@ -169,13 +169,6 @@ def run_or_check(command: str, hub: HubServer) -> None:
 
 
 @pytest.fixture
-def hub():
-    server = HubServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """The folder that the blocks run in, with what they name."""
     # Wide enough for the kernels of bitsandbytes.

@@ -25,13 +25,6 @@ BASE_ON_HUB = "me/authors"
 """
 
 
-@pytest.fixture
-def hub():
-    server = HubServer()
-    yield server
-    server.stop()
-
-
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 

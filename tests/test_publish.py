@@ -29,13 +29,6 @@ WORDS = Words(forgotten=SAID, base_model="me/base")
 
 
 @pytest.fixture
-def hub():
-    server = HubServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def secrets() -> Dataset:
     """Rows whose every text is 12 characters or longer, in the tiny tokenizer's words."""
     return Dataset.from_list(
