@@ -81,10 +81,13 @@ def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: it is no log, or has neither.
     """
-    name = "the retain log"
-    if not isinstance(log, dict):
-        name = str(log)
-        log = read_log(log)
+    if isinstance(log, dict):
+        return forget_truth_ratios(log, "the retain log")
+    return forget_truth_ratios(read_log(log), str(log))
+
+
+def forget_truth_ratios(log: dict, name: str) -> np.ndarray:
+    """As `read_retain_truth_ratios`, of a log that has been read; `name` is what an error calls it."""
     for key in FORGET_TRUTH_RATIO_KEYS:
         if key in log:
             return np.array(_column(log, key, "score", name), dtype=np.float64)

@@ -12,7 +12,8 @@ from scipy.stats import ks_2samp
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rfa_llm.evaluation import read_log, read_retain_truth_ratios, summary
+from rfa_llm.evaluation import read_log, summary
+from rfa_llm.evaluation.log import forget_truth_ratios
 from rfa_llm.receipt import RECEIPT_NAME, read_receipt
 
 # The models whose logs a report holds side by side, and the option that names each log.
@@ -78,8 +79,7 @@ def read_run(
         elif is_demo and own.is_file():
             paths[name] = own
     logs = {name: read_log(path) for name, path in paths.items()}
-    # By their paths, so that an error names the file.
-    truth_ratios = {name: read_retain_truth_ratios(path) for name, path in paths.items()}
+    truth_ratios = {name: forget_truth_ratios(log, str(paths[name])) for name, log in logs.items()}
     _check(paths, logs, truth_ratios)
     name = folder.absolute().name
     return Run(name, receipt, _history(adapter / TRAINER_STATE_NAME, receipt), logs, truth_ratios)
