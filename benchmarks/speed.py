@@ -5,7 +5,8 @@ r"""What a step of RFA costs beside NPO and RMU, how it grows, and what an evalu
 
 Writes speed.json, speed.md and speed.svg. Every step's figure is of a process of its own, one after the other on an
 idle machine, in rounds, so that a slow minute meets every method; the evaluation's two forms take turns in one
-process. Report the ratios. NPO and RMU come in two forms: `npo` and `rmu` are `rfa_llm.rivals`, LoRA with the
+process. Memory on a CPU is that of a further process, in which the C library hands freed memory back at once: its
+resident set is then what a step needs, and not what earlier ones left. Report the ratios. NPO and RMU come in two forms: `npo` and `rmu` are `rfa_llm.rivals`, LoRA with the
 adapter-off model as reference; `npo_as_shipped` and `rmu_as_shipped` run beside a deep copy of the model, take the
 gradient of all parameters and project every position on the vocabulary, as their authors' code does (RMU's optimizer
 moves three matrices, also as theirs). `floor` is the bare work: forward and backward of the blocks up to the last
@@ -19,6 +20,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -68,6 +70,8 @@ SWEEPS = {
     "aligned": ([1, 2, 4, 8, 15], ["rfa"]),
     "shape": (["smollm2-135m", "smollm2-360m"], GROWING),
 }
+# glibc's mallopt(3): what is larger than so many bytes is a mapping of its own, which goes when it is freed.
+FREEING = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 PARTS = ["imports", "padding", "evaluation", "steps", "growth"]
 NAMES = ("forget", "retain")
 
@@ -265,11 +269,11 @@ def measure(task: dict) -> dict:
     }
 
 
-def in_a_process(task: dict) -> dict:
-    """`measure` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--task", json.dumps(task)], stdout=subprocess.PIPE, text=True, check=True
-    )
+def in_a_process(task: dict, settings: dict[str, str] | None = None) -> dict:
+    """`measure` in a process of its own, with these environment variables beside ours."""
+    command = [sys.executable, __file__, "--task", json.dumps(task)]
+    env = {**os.environ, **(settings or {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -401,7 +405,7 @@ def steps_table(part: dict) -> str:
     by_method = {name: [run for run in part["runs"] if run["method"] == name] for name in METHODS}
     seconds = median_seconds(part)
     in_all = {name: statistics.median(one["seconds_in_all"] for one in runs) for name, runs in by_method.items()}
-    over = {name: statistics.median(one["bytes_over_base"] for one in runs) for name, runs in by_method.items()}
+    over = part["bytes_over_base"]
     lines = [
         "| method | time / NPO as shipped | time / NPO on LoRA | time / floor | whole run / NPO on LoRA | "
         "memory over base / NPO as shipped | GFLOP of a step | rate / matrix rate |",
@@ -546,7 +550,14 @@ def main(argv: list[str]) -> None:
             for method in METHODS:
                 runs.append(in_a_process({**task, "method": method}))
                 print(method, runs[-1]["seconds_per_step"], flush=True)
-        result["steps"] = {"rounds": args.rounds, "peak_flops": peak, "peak_flops_source": source, "runs": runs}
+        memory = {method: in_a_process({**task, "method": method}, FREEING)["bytes_over_base"] for method in METHODS}
+        result["steps"] = {
+            "rounds": args.rounds,
+            "peak_flops": peak,
+            "peak_flops_source": source,
+            "runs": runs,
+            "bytes_over_base": memory,
+        }
         keep()
     if "growth" in args.parts:
         result["growth"] = []
