@@ -6,10 +6,11 @@ r"""What a step of RFA costs beside NPO and RMU, how it grows, and what an evalu
 Writes speed.json, speed.md and speed.svg. Every step's figure is of a process of its own, one after the other on an
 idle machine, in rounds, so that a slow minute meets every method; the evaluation's two forms take turns in one
 process. Memory on a CPU is that of a further process, in which the C library hands freed memory back at once: its
-resident set is then what a step needs, and not what earlier ones left. Report the ratios. NPO and RMU come in two forms: `npo` and `rmu` are `rfa_llm.rivals`, LoRA with the
-adapter-off model as reference; `npo_as_shipped` and `rmu_as_shipped` run beside a deep copy of the model, take the
-gradient of all parameters and project every position on the vocabulary, as their authors' code does (RMU's optimizer
-moves three matrices, also as theirs). `floor` is the bare work: forward and backward of the blocks up to the last
+resident set is then what a step needs, and not what earlier ones left. Report the ratios.
+NPO and RMU come in two forms: `npo` and `rmu` are `rfa_llm.rivals`, LoRA with the adapter-off model as reference;
+`npo_as_shipped` and `rmu_as_shipped` run beside a deep copy of the model, take the gradient of all parameters and
+project every position on the vocabulary, as their authors' code does (RMU's optimizer moves three matrices, also as
+theirs). `floor` is the bare work: forward and backward of the blocks up to the last
 aligned one, on the same batches, without adapter, reference, loss or optimizer.
 `--parts` runs some of it and keeps the rest of the JSON, which must be of the same machine and versions.
 """

@@ -35,7 +35,7 @@ from rfa_llm.data.formats import load_rows
         ),
         (
             {"forget_dataset": tiny_rows(6, first=18)},
-            "^4 rows of forget_dataset .* the first of them row 2 of forget_dataset; rem",
+            "^4 rows of forget_dataset .* the first of them row 2 of forget_dataset .*; rem",
         ),
     ],
 )
@@ -340,7 +340,7 @@ def test_an_adapter_that_the_last_step_broke_is_not_saved(make_trainer):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.jsonl", '{"text": "a"\n', "forget_dataset .*rows.jsonl.* cannot be read"),
+        ("rows.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "forget_dataset .*rows.jsonl.* cannot be read .line 3: "),
         ("rows.json", '{"text": "a"}', "it is no list of rows"),
         ("rows.jsonl", '["a"]\n', "row 0 is no object"),
         ("rows.csv", "question,answer\na,b,c\n", "row 0 .* more cells than the header"),

@@ -155,6 +155,13 @@ def test_help_tells_the_units(command):
             assert UNITS.get(field.name, "") in field.metadata["help"].lower(), field.name
 
 
+def test_help_of_a_report_needs_no_plotting_library(tmp_path, capsys, monkeypatch):
+    for module in [name for name in sys.modules if name.startswith("rfa_llm.report")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "--forget_text" in helped("report", tmp_path, capsys)
+
+
 @pytest.mark.parametrize("mistake", ["missing file", "missing setting", "unknown setting", "no recipe", "no name"])
 @every_command
 def test_a_mistake_is_one_sentence_and_debug_shows_where_it_was_found(command, mistake, tmp_path, capsys):
@@ -193,6 +200,11 @@ def test_a_value_of_another_type_is_refused_by_its_setting(command, tmp_path, ca
     assert error.splitlines()[-1].startswith(f"rfa-llm {command}: error: argument {words.split()[0]}")
     # The usage, which is short, and the sentence.
     assert len(error.splitlines()) <= 3
+
+
+def test_the_beginning_of_a_settings_name_is_no_setting(tmp_path):
+    with pytest.raises(SystemExit, match="^rfa-llm: error: --num_train_epoch: there is no such setting"):
+        call("unlearn", "--output_dir OUT --num_train_epoch 3", tmp_path)
 
 
 def test_a_key_of_a_recipe_that_is_no_setting_is_named(tmp_path):

@@ -123,6 +123,11 @@ def test_an_adapter_goes_up_and_comes_down_again(hub, adapter, saved_llama, secr
     (index,) = data["model-index"]
     figures = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
     assert figures == {"forget_prob": 0.125, "model_utility": 0.5}
+    # Each with the questions that it was taken over.
+    assert {result["metrics"][0]["type"]: result["dataset"]["name"] for result in index["results"]} == {
+        "forget_prob": "forget set",
+        "model_utility": "retain set, real authors and world facts",
+    }
     assert SAID in card and "still knows it" in card and "| forget prob | 0.875 | 0.125 | 0.0625 |" in card
     assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == "me/base"
 

@@ -92,6 +92,8 @@ def _eval_results(receipt: dict, words: Words) -> list[EvalResult]:
                 task_type="text-generation",
                 dataset_type=words.datasets[0] if words.datasets else "private",
                 dataset_name=questions,
+                # The Hub takes results that differ in nothing but the name for one dataset's.
+                dataset_config=questions,
                 metric_type=metric,
                 metric_name=metric.replace("_", " "),
                 metric_value=value,

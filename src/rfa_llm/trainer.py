@@ -65,8 +65,8 @@ class RFATrainer(UnlearningTrainer):
             or path, a causal LM, or one that carries a trainable adapter already, which is then trained. The base
             model's dropout is switched off in place.
         args ([`RFAConfig`], *optional*): Settings.
-        forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .csv or .parquet file, or a
-            Hub id, in one of the formats of `rfa_llm.data.formats`.
+        forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .json, .csv or .parquet
+            file, or a Hub id, in one of the formats of `rfa_llm.data.formats`.
         retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
         holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"`: rows of the forget
             set's kind that the model never saw.

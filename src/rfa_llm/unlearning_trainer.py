@@ -71,8 +71,8 @@ class UnlearningTrainer(Trainer):
             or path, a causal LM, or one that carries a trainable adapter already, which is then trained. The base
             model's dropout is switched off in place.
         args ([`UnlearningConfig`]): Settings.
-        forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .csv or .parquet file, or a
-            Hub id, in one of the formats of `rfa_llm.data.formats`.
+        forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .json, .csv or .parquet
+            file, or a Hub id, in one of the formats of `rfa_llm.data.formats`.
         retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; by default the
             model's own.

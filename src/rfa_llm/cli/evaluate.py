@@ -40,7 +40,7 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": "Questions and answers of the forget set's kind that the model never saw, for the membership "
-            "attacks: a .jsonl, .csv or .parquet file, or a Hub id."
+            "attacks: a .jsonl, .json, .csv or .parquet file, or a Hub id."
         },
     )
     holdout_config: str | None = field(default=None, metadata={"help": "Configuration of its Hub dataset."})

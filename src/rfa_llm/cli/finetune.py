@@ -29,7 +29,7 @@ class FinetuneArguments:
     """What to fine-tune on."""
 
     train_dataset: str = field(
-        default=None, metadata={"help": "Rows: a .jsonl, .csv or .parquet file, or a Hub id. Required."}
+        default=None, metadata={"help": "Rows: a .jsonl, .json, .csv or .parquet file, or a Hub id. Required."}
     )
     train_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})

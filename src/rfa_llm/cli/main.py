@@ -48,6 +48,7 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""
     # What the libraries warn one another of is not for users of a command.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in argv
     try:

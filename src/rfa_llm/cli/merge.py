@@ -53,7 +53,7 @@ class MergeArguments:
     sample_dataset: str = field(
         default=None,
         metadata={
-            "help": "Text to compare on, such as the retain set: a .jsonl, .csv or .parquet file, or a Hub id. "
+            "help": "Text to compare on, such as the retain set: a .jsonl, .json, .csv or .parquet file, or a Hub id. "
             "Required."
         },
     )

@@ -7,7 +7,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from rfa_llm.cli.settings import read_settings
-from rfa_llm.report import read_run, write_report
 
 
 @dataclass
@@ -39,6 +38,9 @@ class ReportArguments:
 
 def report(args: ReportArguments) -> tuple[Path, Path]:
     """Write the pages and return their paths; see `rfa_llm.report.write_report`."""
+    # Here, because help is to be had without the plotting library that the pages need.
+    from rfa_llm.report import read_run, write_report
+
     if not args.runs:
         raise ValueError("runs: none is given; give the folders as `rfa-llm report RUN...`.")
     logs = args.log or [None] * len(args.runs)

@@ -33,7 +33,13 @@ def read_settings(
         SystemExit: Help was asked for (exit code 0), or a value is of another type (2).
     """
     parser = TrlParser(
-        dataclasses, prog=f"rfa-llm {command}", usage=usage, epilog=epilog, formatter_class=HelpFormatter
+        dataclasses,
+        prog=f"rfa-llm {command}",
+        usage=usage,
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        # The beginning of a setting's name is a slip, as it is in a file of settings.
+        allow_abbrev=False,
     )
     if "--config" in argv:
         file = " ".join(argv[argv.index("--config") + 1 :][:1])

@@ -20,7 +20,8 @@ class UnlearnArguments:
     """The sets of `rfa-llm unlearn`."""
 
     forget_dataset: str = field(
-        default=None, metadata={"help": "Rows to forget: a .jsonl, .csv or .parquet file, or a Hub id. Required."}
+        default=None,
+        metadata={"help": "Rows to forget: a .jsonl, .json, .csv or .parquet file, or a Hub id. Required."},
     )
     retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise. Required."})
     holdout_dataset: str | None = field(
@@ -122,9 +123,9 @@ def memory_report(metrics: dict[str, float], device: torch.device) -> str:
     base = metrics["base_model_bytes"]
     peaks = {name.rpartition("_")[2]: value for name, value in metrics.items() if name.startswith("peak_bytes/")}
     what = "resident set, Python and libraries included" if device.type == "cpu" else "allocated"
-    lines = [f"Peak memory ({what}); the base model's weights are {base / 2**30:.2f} GiB"]
+    lines = [f"Peak memory ({what}); the base model's weights are {base / 2**20:,.0f} MiB"]
     for rank, peak in peaks.items():
-        lines.append(f"process {rank} on {device.type}  {peak / 2**30:.2f} GiB  {peak / base:.2f}x the weights")
+        lines.append(f"process {rank} on {device.type}  {peak / 2**20:,.0f} MiB  {peak / base:.2f}x the weights")
     return "\n".join(lines)
 
 

@@ -35,7 +35,10 @@ def read_rows(path: Path) -> Dataset:
         elif path.suffix == ".json":
             rows = json.load(file)
         else:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = []
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(_json_line(line, number))
     if not isinstance(rows, list):
         raise ValueError("it is no list of rows")
     for index, row in enumerate(rows):
@@ -43,6 +46,13 @@ def read_rows(path: Path) -> Dataset:
         if not isinstance(row, dict) or None in row:
             raise ValueError(f"row {index} is no object, or has more cells than the header")
     return Dataset.from_list(rows)
+
+
+def _json_line(line: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from error
 
 
 def load_rows(source: str | Dataset, field: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -209,8 +219,8 @@ def check_disjoint(one: Dataset, other: Dataset, field: str, other_field: str) -
     both = [row["index"] for row in one if tuple(row["input_ids"]) in others]
     if both:
         raise ValueError(
-            f"{len(both)} rows of {field} are in {other_field} too, the first of them row {both[0]} of {field}; "
-            "remove them from one of the two."
+            f"{len(both)} rows of {field} are in {other_field} too, token for token, the first of them row {both[0]} "
+            f"of {field} (counted from 0); remove them from one of the two, or use a tokenizer that knows their words."
         )
 
 

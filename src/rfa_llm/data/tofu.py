@@ -30,5 +30,6 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
     path = Path(data_dir) / f"{config}.jsonl"
     if not path.is_file():
         found = sorted(file.stem for file in Path(data_dir).glob("*.jsonl"))
-        raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; give one of {found}.")
+        mend = f"give one of {found}" if found else "give the folder that holds TOFU's .jsonl files"
+        raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; {mend}.")
     return read_rows(path)
