@@ -56,6 +56,8 @@ from .receipt import (
 from .unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
+# What peft's `init_lora_weights` may be: the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights.
+BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class UnlearningTrainer(Trainer):
@@ -116,6 +118,7 @@ class UnlearningTrainer(Trainer):
             raise TypeError(
                 f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
             )
+        _check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         is_path = isinstance(model, str)
         if is_path:
             _check_not_adapter(model)
@@ -617,4 +620,14 @@ def _check_not_adapter(model: str) -> None:
         raise ValueError(
             f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
             "(`rfa-llm merge`) and pass the merged model."
+        )
+
+
+def _check_peft_config(peft_config: PeftConfig | None) -> None:
+    settings = {} if peft_config is None else peft_config.to_dict()
+    init = settings.get("init_lora_weights", True)
+    if init not in BASE_KEEPING_INITS:
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} changes the base's weights, and the base without its adapter is "
+            f"what this method compares with; use one of {', '.join(map(repr, BASE_KEEPING_INITS))}."
         )
