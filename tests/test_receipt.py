@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rfa_llm import receipt as receipt_module
-from rfa_llm.checkpoints import base_model_digest
+from rfa_llm.checkpoints import base_config_digest, base_model_digest
 from rfa_llm.data.formats import prepare
 from rfa_llm.evaluation import answer_losses
 from rfa_llm.receipt import (
@@ -67,6 +67,7 @@ def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):
     receipt = read_receipt(folder)
     assert receipt["adapter"] == adapter_digests(folder)
     assert receipt["base_model"]["weights"] == base_model_digest(tiny_llama())
+    assert receipt["base_model"]["config"] == base_config_digest(tiny_llama().config)
     assert receipt["method"] == "rfa" and receipt["settings"]["steps"] == 3
     assert receipt["settings"]["seed"] == 42 and receipt["settings"]["shift"] == "negate"
     assert receipt["versions"]["peft"] and receipt["made_at"].endswith("+00:00")

@@ -80,7 +80,7 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
     assert checks["check"].tolist() == [
         *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
         *("base's name", "rows to forget", "rows in the request", "rows to keep", "retain set", "base's weights"),
-        *figures[:2],
+        *("base's configuration", *figures[:2]),
         *("adapter on its base", *figures[2:]),
     ]
 
@@ -117,6 +117,19 @@ def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_
     assert failed(adapter, model_name_or_path=saved_llama, **given) == []
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize("field", [{"hidden_act": "relu"}, {"rms_norm_eps": 0.5}, {"rope_parameters": ROPE}])
+def test_a_base_of_the_same_weights_that_computes_otherwise(field, adapter, saved_llama):
+    config = Path(saved_llama) / "config.json"
+    # Names and versions are not what a model computes with.
+    set_json(config, transformers_version="4.0", architectures=["Other"])
+    assert failed(adapter, model_name_or_path=saved_llama) == []
+    set_json(config, **field)
+    assert failed(adapter, model_name_or_path=saved_llama) == ["base's configuration"]
+
+
 def test_an_adapter_that_was_changed(adapter, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
@@ -149,8 +162,8 @@ def test_numbers_and_figures_that_nothing_stands_behind(adapter, saved_llama):
 
 
 def test_a_receipt_of_another_format_is_refused(adapter):
-    forge(adapter, lambda receipt: receipt.update(format=2))
-    with pytest.raises(ValueError, match="^folder: .* is of format 2, and this rfa-llm reads format 1; use"):
+    forge(adapter, lambda receipt: receipt.update(format=1))
+    with pytest.raises(ValueError, match="^folder: .* is of format 1, and this rfa-llm reads format 2; use"):
         verify(VerifyArguments(folder=str(adapter)))
 
 
@@ -295,7 +308,7 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 9 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 10 and "FAIL" not in printed and "base's weights" in printed
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .memory import gathered
@@ -36,6 +36,16 @@ KEPT = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "o
 ORDER = ("seed", "data_seed", "train_sampling_strategy")
 # Fields of an adapter's configuration that say where it came from, not what it is.
 PLACE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+# Fields of a model's configuration that are names and versions, that a training sets, or that the digest of its
+# weights covers.
+NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "quantization_config",
+}
 
 
 def newest_whole_checkpoint(output_dir: str) -> str | None:
@@ -117,6 +127,25 @@ def base_model_digest(model: PreTrainedModel | PeftModel, reads: bool = True) ->
             # numpy has no bfloat16, so bytes are what it gets.
             whole.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"sha256:{whole.hexdigest()}"
+
+
+def base_config_digest(config: PreTrainedConfig) -> str:
+    """SHA-256 over what a model computes with beside its weights: its configuration, as JSON with sorted keys, but for
+    `NOT_COMPUTED_WITH`, here and in the configurations of its parts.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits. A transformers with more fields may say another digest.
+    """
+    text = json.dumps(_computed_with(config.to_dict()), sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _computed_with(fields_of_config: dict) -> dict:
+    return {
+        name: _computed_with(value) if isinstance(value, dict) else value
+        for name, value in fields_of_config.items()
+        if name not in NOT_COMPUTED_WITH
+    }
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ from .unlearning_config import UnlearningConfig
 RECEIPT_NAME = "forget_receipt.json"
 # transformers' own `push_to_hub` leaves out names that begin with an underscore, as ours does.
 SALT_NAME = "_forget_salt.txt"
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -199,6 +199,7 @@ def make_receipt(
     overrides: dict[str, str],
     model: PreTrainedModel,
     base_digest: str,
+    config_digest: str,
     folder: str,
     steps: int,
     rows: dict[str, Dataset],
@@ -213,6 +214,7 @@ def make_receipt(
         overrides: What stands for the setting of the same name, such as the blocks that were chosen.
         model: The base model.
         base_digest: From `rfa_llm.checkpoints.base_model_digest`.
+        config_digest: From `rfa_llm.checkpoints.base_config_digest`, before the training.
         folder: With the adapter, which has been saved.
         steps: That were trained.
         rows: "forget" and "retain", as they were given.
@@ -238,6 +240,7 @@ def make_receipt(
                 "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
                 # Over every byte of the weights as they were loaded, not over a sample.
                 "weights": base_digest,
+                "config": config_digest,
             },
             "adapter": adapter_digests(folder),
             "method": method,

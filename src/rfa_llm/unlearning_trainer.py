@@ -33,6 +33,7 @@ from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
 from .card import TAGS, Words, model_card
 from .checkpoints import (
     METHOD_STATE_NAME,
+    base_config_digest,
     base_model_digest,
     newest_whole_checkpoint,
     read_method_state,
@@ -160,6 +161,8 @@ class UnlearningTrainer(Trainer):
                 model, **init_kwargs, **({"quantization_config": quantization_config} if quantization_config else {})
             )
         model = self._with_adapter(args, model, peft_config)
+        # The Trainer puts the tokenizer's special tokens into it.
+        self._base_config = base_config_digest(model.get_base_model().config)
 
         super().__init__(
             model=model,
@@ -370,6 +373,7 @@ class UnlearningTrainer(Trainer):
             self._method_fingerprint(),
             self._peft_model().get_base_model(),
             self._fingerprint["base_model"],
+            self._base_config,
             folder,
             self.state.global_step,
             self._rows,

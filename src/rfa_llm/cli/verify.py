@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rfa_llm.adapters import on_its_base
 from rfa_llm.card import has_figures_of
-from rfa_llm.checkpoints import base_model_digest
+from rfa_llm.checkpoints import base_config_digest, base_model_digest
 from rfa_llm.cli.main import leading_words
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
@@ -143,6 +143,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
 
     model = load_base(args, receipt)
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
+    check("base's configuration", base_config_digest(model.config), receipt["base_model"]["config"])
     sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
     if sets:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **revision(args))
