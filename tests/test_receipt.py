@@ -122,6 +122,23 @@ def test_rows_of_every_format_have_a_hash_of_their_content_alone(row):
     assert row_hash(row, salt) == row_hash(Dataset.from_list([bare])[0], salt)
 
 
+def test_the_other_rows_of_its_set_do_not_change_a_rows_hash():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    called = {"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    named = {"role": "user", "content": "a", "name": "Ada"}
+    alone = Dataset.from_list([{"messages": turns}])
+    among = Dataset.from_list([{"messages": turns}, {"messages": [named, turns[1]]}, {"messages": [turns[0], called]}])
+    # What it is about: the same row, and yet other keys.
+    assert among[0]["messages"] != alone[0]["messages"] == turns
+    salt = new_salt()
+    assert row_hash(among[0], salt) == row_hash(alone[0], salt) == row_hash({"messages": turns}, salt)
+    # A name that is there counts, and so does a deeper one.
+    assert len({row_hash(row, salt) for row in among}) == 3
+    two = {**called, "tool_calls": [{"function": {"name": "f", "arguments": {"y": 2}}}]}
+    rows = Dataset.from_list([{"messages": [turns[0], called]}, {"messages": [turns[0], two]}])
+    assert row_hash(rows[0], salt) == row_hash({"messages": [turns[0], called]}, salt) != row_hash(rows[1], salt)
+
+
 def test_no_path_of_this_machine_is_in_it(make_trainer, saved_llama, tmp_path):
     # Of the same shape, but another model.
     teacher = tmp_path / "teacher"
