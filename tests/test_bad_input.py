@@ -165,6 +165,12 @@ def test_first_weights_that_are_let_pass_leave_the_base_as_it_is(init, make_trai
     make_trainer(peft_config=tiny_lora(init_lora_weights=init))
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_the_bases_biases_is_refused(bias, make_trainer):
+    with pytest.raises(ValueError, match=f"^peft_config: bias='{bias}' trains the base's own biases.*leave it 'none'"):
+        make_trainer(model="nowhere", peft_config=tiny_lora(bias=bias))
+
+
 def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):
     model = get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="^peft_config: the model carries an adapter already; leave peft_config out"):

@@ -7,12 +7,13 @@ import stat
 import pytest
 from conftest import tiny_llama, tiny_lora, tiny_rows
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rfa_llm import receipt as receipt_module
 from rfa_llm.checkpoints import base_config_digest, base_model_digest
+from rfa_llm.cli.verify import VerifyArguments, verify
 from rfa_llm.data.formats import prepare
 from rfa_llm.evaluation import answer_losses
 from rfa_llm.receipt import (
@@ -50,6 +51,48 @@ def test_the_base_digest_is_over_every_byte_and_knows_no_adapter():
     weight = model.model.layers[2].mlp.down_proj.weight.data
     weight[-1, -1] = weight[-1, -1].nextafter(weight.new_tensor(1e9))
     assert base_model_digest(model) != digest
+
+
+TUNERS = {
+    "dora": LoraConfig(r=2, target_modules="all-linear", use_dora=True),
+    "vera": VeraConfig(r=2, target_modules=["q_proj"]),
+    "modules_to_save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]}),
+    "embedding": LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_the_base_digest_is_without_all_that_is_the_adapters_whether_it_trains_or_not(name):
+    digest = base_model_digest(tiny_llama())
+    model = get_peft_model(tiny_llama(), TUNERS[name])
+    assert base_model_digest(model) == digest
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert base_model_digest(model) == digest
+    # And with all that is the base's, also where it trains.
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    assert base_model_digest(model) == digest
+    weight = model.get_base_model().model.norm.weight.data
+    weight[-1] = weight[-1].nextafter(weight.new_tensor(1e9))
+    assert base_model_digest(model) != digest
+
+
+@pytest.mark.parametrize("kind", ["frozen lora_A", "vera"])
+def test_an_adapter_that_trains_in_part_belongs_to_its_base(kind, make_trainer, saved_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved_llama)
+    if kind == "vera":
+        model = get_peft_model(base, VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    else:
+        model = get_peft_model(base, tiny_lora(target_modules=["q_proj"]))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in parameter_name)
+    trainer = make_trainer(model=model)
+    trainer.train()
+    trainer.save_model()
+    checks = verify(VerifyArguments(folder=str(tmp_path / "adapter"), use_cpu=True))
+    assert checks["passed"].all(), checks.to_string()
 
 
 def test_each_training_has_figures_of_its_own(saved):

@@ -629,6 +629,12 @@ def _check_not_adapter(model: str) -> None:
 
 def _check_peft_config(peft_config: PeftConfig | None) -> None:
     settings = {} if peft_config is None else peft_config.to_dict()
+    bias = settings.get("bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"peft_config: bias={bias!r} trains the base's own biases, and the base without its adapter is what this "
+            "method compares with; leave it 'none'."
+        )
     init = settings.get("init_lora_weights", True)
     if init not in BASE_KEEPING_INITS:
         raise ValueError(
