@@ -5,7 +5,9 @@ import os
 import stat
 
 import pytest
-from conftest import tiny_llama, tiny_lora, tiny_rows
+import torch
+from accelerate.state import AcceleratorState
+from conftest import perturb, tiny_llama, tiny_lora, tiny_rows, tiny_tokenizer
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from rfa_llm.receipt import (
     answer_figures,
     figure_rows,
     new_salt,
+    read_adapter_config,
     read_receipt,
     read_salt,
     row_hash,
@@ -103,6 +106,83 @@ def test_each_training_has_figures_of_its_own(saved):
     trainer.save_model()
     second = read_receipt(folder)["metrics"]
     assert second["before"] == first["before"] and second["after"] != first["after"]
+
+
+def test_an_adapter_that_was_changed_after_it_was_saved_has_figures_of_its_own(saved, tmp_path):
+    trainer, folder = saved
+    first = read_receipt(folder)
+    perturb(trainer.model, scale=0.5)
+    trainer.save_model()
+    second = read_receipt(folder)
+    assert second["adapter"]["weights"] != first["adapter"]["weights"]
+    assert second["metrics"]["before"] == first["metrics"]["before"]
+    losses = answer_losses(PeftModel.from_pretrained(tiny_llama(), folder), tiny_tokenizer(), list(tiny_rows(6, 0)))
+    assert second["metrics"]["after"]["forget_answer_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+
+
+def said_of_the_training(trainer, folder) -> tuple[int, bool]:
+    trainer.save_model(str(folder))
+    settings = read_receipt(folder)["settings"]
+    return settings["steps"], settings["new_adapter"]
+
+
+def test_what_an_adapter_began_as_is_said(make_trainer, saved_llama, tmp_path):
+    short = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer = make_trainer(short, model=saved_llama)
+    assert said_of_the_training(trainer, tmp_path / "untrained") == (0, True)
+    trainer.train()
+    assert said_of_the_training(trainer, tmp_path / "once") == (2, True)
+    trainer.train()
+    assert said_of_the_training(trainer, tmp_path / "twice") == (2, False)
+
+    checkpoint = str(tmp_path / "adapter" / "checkpoint-1")
+    resumed = make_trainer({"max_steps": 2}, model=saved_llama)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert said_of_the_training(resumed, tmp_path / "resumed") == (2, True)
+    taken = make_trainer(model=saved_llama)
+    taken._load_from_checkpoint(checkpoint)
+    assert said_of_the_training(taken, tmp_path / "taken") == (0, False)
+
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "once", is_trainable=True)
+    handed_over = make_trainer({"max_steps": 1}, model=model)
+    handed_over.train()
+    assert said_of_the_training(handed_over, tmp_path / "more") == (1, False)
+    assert "with an adapter that was not new" in (tmp_path / "more" / "README.md").read_text()
+    assert "that was not new" not in (tmp_path / "once" / "README.md").read_text()
+
+
+def test_a_receipt_says_what_the_launch_and_the_caller_chose(make_trainer, saved_llama, tmp_path, monkeypatch):
+    # What an earlier test chose would stand.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
+    model = get_peft_model(model, tiny_lora(target_modules=["q_proj"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    make_trainer(model=model, optimizers=(optimizer, None)).save_model()
+    settings = read_receipt(tmp_path / "adapter")["settings"]
+    assert settings["mixed_precision"] == "bf16" and "bf16" not in settings
+    assert [settings[name] for name in ("optim", "learning_rate", "weight_decay")] == ["given"] * 3
+    # Made by the Trainer, for an optimizer that was given.
+    assert settings["lr_scheduler_type"] == "linear" and settings["warmup_steps"] == 0
+
+
+def test_a_revision_is_said_where_it_was_chosen(make_trainer, saved_llama, tmp_path):
+    make_trainer({"model_init_kwargs": {"revision": "v2"}}, model=saved_llama).save_model()
+    folder = tmp_path / "adapter"
+    assert read_receipt(folder)["base_model"]["revision"] == "v2" == read_adapter_config(folder)["revision"]
+    assert 'AutoModelForCausalLM.from_pretrained(base, revision="v2"' in (folder / "README.md").read_text()
+
+
+def test_a_model_without_a_name_is_in_memory(saved, saved_llama):
+    _, folder = saved
+    assert read_receipt(folder)["base_model"]["name"] == "in memory"
+    assert 'base = "in memory"' in (folder / "README.md").read_text()
+    with pytest.raises(
+        ValueError, match="^model_name_or_path: none is given, and the adapter's base was .* in memory"
+    ):
+        verify(VerifyArguments(folder=str(folder), use_cpu=True))
+    checks = verify(VerifyArguments(folder=str(folder), use_cpu=True, model_name_or_path=saved_llama))
+    assert checks["passed"].all(), checks.to_string()
 
 
 def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):

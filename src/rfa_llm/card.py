@@ -104,6 +104,7 @@ def _text(receipt: dict, words: Words, name: str, adapter: dict) -> str:
     settings = "\n".join(f"| {setting} | {value} |" for setting, value in receipt["settings"].items())
     revision = receipt["base_model"]["revision"]
     at_revision = f', revision="{revision}"' if revision else ""
+    began = "" if receipt["settings"]["new_adapter"] else ", with an adapter that was not new"
     method = METHODS.get(receipt["method"], f"`{receipt['method']}`")
     return f"""# {name}
 
@@ -144,7 +145,7 @@ rfa-llm merge --adapter_name_or_path {name} {_bits(receipt)}--sample_dataset ROW
 ## How it was made
 
 {method}, {receipt["settings"]["steps"]} steps over {receipt["forget"]["rows"]} rows to forget and
-{receipt["retain"]["rows"]} to keep.
+{receipt["retain"]["rows"]} to keep{began}.
 
 | setting | value |
 | --- | --- |

@@ -54,6 +54,8 @@ PARTS = (
     "metrics",
     "card",
 )
+# The name of a base that was handed over as an object, and of which nobody knows where it lies.
+IN_MEMORY = "in memory"
 # Rows of each set that the receipt's figures are taken over.
 FIGURE_ROWS = 64
 
@@ -146,9 +148,10 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
 
 
 def base_of(config: dict) -> dict[str, str | None]:
-    """What an adapter's configuration calls its base: "name", a Hub id or a folder's own name, and "revision"."""
+    """What an adapter's configuration calls its base: "name" (a Hub id, a folder's own name or `IN_MEMORY`) and
+    "revision"."""
     return {
-        "name": public_name(config.get("base_model_name_or_path") or ""),
+        "name": public_name(config.get("base_model_name_or_path") or IN_MEMORY),
         "revision": config.get("revision"),
     }
 
@@ -201,7 +204,7 @@ def make_receipt(
     base_digest: str,
     config_digest: str,
     folder: str,
-    steps: int,
+    training: dict[str, str | int | bool],
     rows: dict[str, Dataset],
     salt: str,
     figures: dict[str, dict[str, float]],
@@ -216,7 +219,9 @@ def make_receipt(
         base_digest: From `rfa_llm.checkpoints.base_model_digest`.
         config_digest: From `rfa_llm.checkpoints.base_config_digest`, before the training.
         folder: With the adapter, which has been saved.
-        steps: That were trained.
+        training: What the training was beside its settings: "mixed_precision", of the accelerator; "steps", of the
+            last `train`, with those of the checkpoint that it went on from; "new_adapter", whether that began with an
+            adapter as its trainer had made it.
         rows: "forget" and "retain", as they were given.
         salt: From `new_salt`.
         figures: "before" and "after", each from `answer_figures`; empty where they are not known.
@@ -224,7 +229,9 @@ def make_receipt(
     inherited = {field.name for field in fields(TrainingArguments)}
     own = sorted({field.name for field in fields(args)} - inherited - FREE)
     values = args.to_dict()
-    settings = {name: overrides.get(name, values[name]) for name in [*own, *KEPT, *ORDER, *LENGTH]}
+    # The accelerator's precision need not be that of the arguments; what it took stands in `training`.
+    names = [name for name in (*own, *KEPT, *ORDER, *LENGTH) if name not in ("bf16", "fp16")]
+    settings = {name: overrides.get(name, values[name]) for name in names}
     settings = {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     quantization = model.config.to_dict().get("quantization_config")
     return sealed(
@@ -244,7 +251,7 @@ def make_receipt(
             },
             "adapter": adapter_digests(folder),
             "method": method,
-            "settings": {**settings, "world_size": args.world_size, "steps": steps},
+            "settings": {**settings, "world_size": args.world_size, **training},
             "forget": {"rows": len(rows["forget"]), "row_hashes": row_hashes(rows["forget"], salt)},
             "retain": {"rows": len(rows["retain"]), "hash": set_hash(rows["retain"], salt)},
             "metrics": figures,

@@ -189,6 +189,11 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
     """The base as it was loaded for the training: in the same dtype, quantized in the same way."""
     base = receipt["base_model"]
     name = args.model_name_or_path or read_adapter_config(args.folder)["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            "model_name_or_path: none is given, and the adapter's base was handed over in memory; give the id or path "
+            "of the same weights."
+        )
     device = PartialState(cpu=args.use_cpu).device
     settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision(args)}
     # Checkpoints that are quantized themselves need no word.
