@@ -131,7 +131,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = "{words.base_model}"
 model = AutoModelForCausalLM.from_pretrained(base{at_revision}, dtype="{receipt["base_model"]["dtype"]}")
 model = PeftModel.from_pretrained(model, "{name}")
-tokenizer = AutoTokenizer.from_pretrained(base{at_revision})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 {_quantization(receipt)}Merged, as one model without a switch (the safe way to hand it on):

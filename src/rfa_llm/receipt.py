@@ -26,6 +26,13 @@ import torch
 from datasets import Dataset
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from .checkpoints import FREE, KEPT, ORDER
 from .data.formats import content
@@ -47,6 +54,7 @@ PARTS = (
     "machine",
     "base_model",
     "adapter",
+    "tokenizer",
     "method",
     "settings",
     "forget",
@@ -56,6 +64,20 @@ PARTS = (
 )
 # The name of a base that was handed over as an object, and of which nobody knows where it lies.
 IN_MEMORY = "in memory"
+# Files with the words and pieces of words that a tokenizer knows.
+VOCABULARY_FILES = (
+    FULL_TOKENIZER_FILE,
+    ADDED_TOKENS_FILE,
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+# What a tokenizer's `save_pretrained` writes, each where there is something to write; beside them it has a folder for
+# further chat templates.
+TOKENIZER_FILES = (*VOCABULARY_FILES, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, CHAT_TEMPLATE_FILE)
 # Rows of each set that the receipt's figures are taken over.
 FIGURE_ROWS = 64
 
@@ -175,6 +197,17 @@ def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def tokenizer_digests(folder: str | os.PathLike) -> dict[str, str]:
+    """SHA-256 of each file of a tokenizer that lies beside an adapter, by its name."""
+    folder = Path(folder)
+    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }
+
+
 def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_size: int) -> dict[str, float]:
     """What a model makes of the sets' answers.
 
@@ -218,7 +251,7 @@ def make_receipt(
         model: The base model.
         base_digest: From `rfa_llm.checkpoints.base_model_digest`.
         config_digest: From `rfa_llm.checkpoints.base_config_digest`, before the training.
-        folder: With the adapter, which has been saved.
+        folder: With the adapter and the tokenizer, which have been saved.
         training: What the training was beside its settings: "mixed_precision", of the accelerator; "steps", of the
             last `train`, with those of the checkpoint that it went on from; "new_adapter", whether that began with an
             adapter as its trainer had made it.
@@ -250,6 +283,7 @@ def make_receipt(
                 "config": config_digest,
             },
             "adapter": adapter_digests(folder),
+            "tokenizer": tokenizer_digests(folder),
             "method": method,
             "settings": {**settings, "world_size": args.world_size, **training},
             "forget": {"rows": len(rows["forget"]), "row_hashes": row_hashes(rows["forget"], salt)},

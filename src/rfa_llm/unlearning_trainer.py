@@ -352,7 +352,7 @@ class UnlearningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads, with its model card and its receipt.
 
-        The receipt's salt, `_forget_salt.txt`, lies beside them; keep it private. With `args.push_to_hub` the four
+        The receipt's salt, `_forget_salt.txt`, lies beside them; keep it private. With `args.push_to_hub` the
         files of `rfa_llm.hub.files_to_publish` go up too.
 
         Args:
@@ -491,7 +491,8 @@ class UnlearningTrainer(Trainer):
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the adapter in `args.output_dir` and put it on the Hub as `args.hub_model_id`, with card and receipt.
 
-        Only the adapter, its configuration, the card and the receipt go up; nothing else of `output_dir` does.
+        Only the adapter, its configuration, the tokenizer, the card and the receipt go up; nothing else of
+        `output_dir` does.
 
         Args:
             commit_message, blocking, token, revision, private: As in [`~transformers.Trainer.push_to_hub`].
