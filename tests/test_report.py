@@ -97,6 +97,7 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
         "machine": {"cpu": "a CPU", "cores": 2},
         "base_model": {"name": "target", "revision": None, "dtype": "float32", "quantization": None},
         "adapter": {},
+        "tokenizer": {},
         "method": "rfa",
         "settings": {"alpha": 4.0, "shift": "local", "steps": 3},
         "forget": {"rows": 4},
