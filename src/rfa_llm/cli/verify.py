@@ -116,8 +116,8 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     tokenizer_files = tokenizer_digests(args.folder)
     either = {*tokenizer_files, *receipt["tokenizer"]}
     changed = sorted(name for name in either if tokenizer_files.get(name) != receipt["tokenizer"].get(name))
-    found = f"{', '.join(changed)}: not the receipt's" if changed else f"{len(tokenizer_files)} files"
-    checks.append(("tokenizer", not changed, found))
+    not_it = f"{', '.join(changed)}: not the receipt's"
+    checks.append(("tokenizer", not changed, not_it if changed else f"{len(tokenizer_files)} files"))
     base = receipt["base_model"]
     named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
     found = base_of(read_adapter_config(args.folder))
