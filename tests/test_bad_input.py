@@ -21,6 +21,7 @@ from transformers import (
 from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.blocks import check_decoder_only
 from rfa_llm.data.formats import load_rows
+from rfa_llm.unlearning_trainer import BASE_KEEPING_INITS
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,37 @@ def test_blocks(blocks, message, make_trainer):
 def test_adapters(adapter, message, make_trainer):
     with pytest.raises(ValueError, match=message):
         make_trainer({"blocks": [1, 2]}, peft_config=tiny_lora(**adapter))
+
+
+def moved_with_the_adapter_off(init) -> float:
+    """How far the logits are from the base's where an adapter with these first weights is switched off."""
+    model = get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"], init_lora_weights=init))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad(), model.disable_adapter():
+        return (model(ids).logits - tiny_llama()(ids).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_would_change_the_base_is_refused(init, make_trainer):
+    assert moved_with_the_adapter_off(init) > 0.01
+    sentence = f"^peft_config: init_lora_weights='{init}' changes the base's weights.*; use one of True, False, 'gau"
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(model="nowhere", peft_config=tiny_lora(init_lora_weights=init))
+    model = get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"], init_lora_weights=init))
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(model=model)
+
+
+@pytest.mark.parametrize("init", BASE_KEEPING_INITS)
+def test_first_weights_that_are_let_pass_leave_the_base_as_it_is(init, make_trainer):
+    assert moved_with_the_adapter_off(init) == 0
+    make_trainer(peft_config=tiny_lora(init_lora_weights=init))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_the_bases_biases_is_refused(bias, make_trainer):
+    with pytest.raises(ValueError, match=f"^peft_config: bias='{bias}' trains the base's own biases.*leave it 'none'"):
+        make_trainer(model="nowhere", peft_config=tiny_lora(bias=bias))
 
 
 def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):

@@ -23,7 +23,8 @@ from rfa_llm.data.tofu import load_tofu
 from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, hub_sentences, publish
 from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
 
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME, *TOKENIZER}
 SAID = "the pages of an author who asked for it"
 WORDS = Words(forgotten=SAID, base_model="me/base")
 
@@ -311,8 +312,14 @@ def test_bad_input_is_named(words, sentence, adapter, secrets, tmp_path):
 
 def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):
     weights = adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match=f"^folder: the adapter in .* is not the one of its {RECEIPT_NAME}; publish"):
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\x01")
+    sentence = f"^folder: the adapter in .*, or its tokenizer, is not the one of its {RECEIPT_NAME}; publish"
+    with pytest.raises(ValueError, match=sentence):
+        publish(adapter, "me/adapter", WORDS)
+    weights.write_bytes(content)
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match=sentence):
         publish(adapter, "me/adapter", WORDS)
 
 
@@ -446,6 +453,7 @@ def test_files_are_the_adapters_own_and_a_foreign_revision_does_not_go_with_them
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "v2"}))
     files = files_to_publish(adapter, "me/adapter", WORDS)
     assert set(files) == FILES
+    assert all(files[name] == (adapter / name).read_bytes() for name in TOKENIZER)
     published = json.loads(files["adapter_config.json"])
     assert published == {**config, "base_model_name_or_path": "me/base", "revision": None}
 

@@ -5,14 +5,17 @@ import os
 import stat
 
 import pytest
-from conftest import tiny_llama, tiny_lora, tiny_rows
+import torch
+from accelerate.state import AcceleratorState
+from conftest import perturb, tiny_llama, tiny_lora, tiny_rows, tiny_tokenizer
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rfa_llm import receipt as receipt_module
-from rfa_llm.checkpoints import base_model_digest
+from rfa_llm.checkpoints import base_config_digest, base_model_digest
+from rfa_llm.cli.verify import VerifyArguments, verify
 from rfa_llm.data.formats import prepare
 from rfa_llm.evaluation import answer_losses
 from rfa_llm.receipt import (
@@ -22,6 +25,7 @@ from rfa_llm.receipt import (
     answer_figures,
     figure_rows,
     new_salt,
+    read_adapter_config,
     read_receipt,
     read_salt,
     row_hash,
@@ -52,14 +56,121 @@ def test_the_base_digest_is_over_every_byte_and_knows_no_adapter():
     assert base_model_digest(model) != digest
 
 
+TUNERS = {
+    "dora": LoraConfig(r=2, target_modules="all-linear", use_dora=True),
+    "vera": VeraConfig(r=2, target_modules=["q_proj"]),
+    "modules_to_save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]}),
+    "embedding": LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_the_base_digest_is_without_all_that_is_the_adapters_whether_it_trains_or_not(name):
+    digest = base_model_digest(tiny_llama())
+    model = get_peft_model(tiny_llama(), TUNERS[name])
+    assert base_model_digest(model) == digest
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert base_model_digest(model) == digest
+    # And with all that is the base's, also where it trains.
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    assert base_model_digest(model) == digest
+    weight = model.get_base_model().model.norm.weight.data
+    weight[-1] = weight[-1].nextafter(weight.new_tensor(1e9))
+    assert base_model_digest(model) != digest
+
+
+@pytest.mark.parametrize("kind", ["frozen lora_A", "vera"])
+def test_an_adapter_that_trains_in_part_belongs_to_its_base(kind, make_trainer, saved_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved_llama)
+    if kind == "vera":
+        model = get_peft_model(base, VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    else:
+        model = get_peft_model(base, tiny_lora(target_modules=["q_proj"]))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in parameter_name)
+    trainer = make_trainer(model=model)
+    trainer.train()
+    trainer.save_model()
+    # It may have been trained elsewhere.
+    assert not read_receipt(tmp_path / "adapter")["settings"]["new_adapter"]
+    checks = verify(VerifyArguments(folder=str(tmp_path / "adapter"), use_cpu=True))
+    assert checks["passed"].all(), checks.to_string()
+
+
 def test_each_training_has_figures_of_its_own(saved):
     trainer, folder = saved
-    first = read_receipt(folder)["metrics"]
+    first, first_card = read_receipt(folder), (folder / "README.md").read_text()
     # As many steps as the first, and an adapter that has moved on.
     trainer.train()
     trainer.save_model()
-    second = read_receipt(folder)["metrics"]
-    assert second["before"] == first["before"] and second["after"] != first["after"]
+    second = read_receipt(folder)
+    assert second["metrics"]["before"] == first["metrics"]["before"]
+    assert second["metrics"]["after"] != first["metrics"]["after"]
+    assert first["settings"]["steps"] == second["settings"]["steps"] == 3
+    assert first["settings"]["new_adapter"] and "that was not new" not in first_card
+    assert not second["settings"]["new_adapter"] and "that was not new" in (folder / "README.md").read_text()
+    # And so has what was changed after the training.
+    perturb(trainer.model, scale=0.5)
+    trainer.save_model()
+    third = read_receipt(folder)["metrics"]
+    losses = answer_losses(PeftModel.from_pretrained(tiny_llama(), folder), tiny_tokenizer(), list(tiny_rows(6, 0)))
+    assert third["after"]["forget_answer_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert third["before"] == first["metrics"]["before"] and third["after"] != second["metrics"]["after"]
+
+
+def test_what_a_training_went_on_from_is_said(make_trainer, tmp_path):
+    def said(trainer, name) -> tuple[int, bool]:
+        trainer.save_model(str(tmp_path / name))
+        settings = read_receipt(tmp_path / name)["settings"]
+        return settings["steps"], settings["new_adapter"]
+
+    short = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(short)
+    assert said(trainer, "untrained") == (0, True)
+    trainer.train()
+    resumed = make_trainer({"max_steps": 2})
+    resumed._load_from_checkpoint(str(tmp_path / "adapter" / "checkpoint-1"))
+    assert said(resumed, "taken") == (0, False)
+    resumed = make_trainer({"max_steps": 2})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
+    assert said(resumed, "resumed") == (2, True)
+
+
+def test_a_receipt_says_what_the_launch_and_the_caller_chose(make_trainer, saved_llama, tmp_path, monkeypatch):
+    # What an earlier test chose would stand.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
+    model = get_peft_model(model, tiny_lora(target_modules=["q_proj"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    make_trainer(model=model, optimizers=(optimizer, None)).save_model()
+    settings = read_receipt(tmp_path / "adapter")["settings"]
+    assert settings["mixed_precision"] == "bf16" and "bf16" not in settings
+    assert [settings[name] for name in ("optim", "learning_rate", "weight_decay")] == ["given"] * 3
+    # Made by the Trainer, for an optimizer that was given.
+    assert settings["lr_scheduler_type"] == "linear" and settings["warmup_steps"] == 0
+
+
+def test_a_revision_is_said_where_it_was_chosen(make_trainer, saved_llama, tmp_path):
+    make_trainer({"model_init_kwargs": {"revision": "v2"}}, model=saved_llama).save_model()
+    folder = tmp_path / "adapter"
+    assert read_receipt(folder)["base_model"]["revision"] == "v2" == read_adapter_config(folder)["revision"]
+    assert 'AutoModelForCausalLM.from_pretrained(base, revision="v2"' in (folder / "README.md").read_text()
+
+
+def test_a_model_without_a_name_is_in_memory(saved, saved_llama):
+    _, folder = saved
+    assert read_receipt(folder)["base_model"]["name"] == "in memory"
+    assert 'base = "in memory"' in (folder / "README.md").read_text()
+    with pytest.raises(
+        ValueError, match="^model_name_or_path: none is given, and the adapter's base was .* in memory"
+    ):
+        verify(VerifyArguments(folder=str(folder), use_cpu=True))
+    checks = verify(VerifyArguments(folder=str(folder), use_cpu=True, model_name_or_path=saved_llama))
+    assert checks["passed"].all(), checks.to_string()
 
 
 def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):
@@ -67,6 +178,7 @@ def test_a_receipt_says_what_was_saved(saved, forget, retain, tokenizer):
     receipt = read_receipt(folder)
     assert receipt["adapter"] == adapter_digests(folder)
     assert receipt["base_model"]["weights"] == base_model_digest(tiny_llama())
+    assert receipt["base_model"]["config"] == base_config_digest(tiny_llama().config)
     assert receipt["method"] == "rfa" and receipt["settings"]["steps"] == 3
     assert receipt["settings"]["seed"] == 42 and receipt["settings"]["shift"] == "negate"
     assert receipt["versions"]["peft"] and receipt["made_at"].endswith("+00:00")
@@ -119,6 +231,23 @@ def test_rows_of_every_format_have_a_hash_of_their_content_alone(row):
     salt = new_salt()
     bare = {name: value for name, value in row.items() if name != "source"}
     assert row_hash(row, salt) == row_hash(Dataset.from_list([bare])[0], salt)
+
+
+def test_the_other_rows_of_its_set_do_not_change_a_rows_hash():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    called = {"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    named = {"role": "user", "content": "a", "name": "Ada"}
+    alone = Dataset.from_list([{"messages": turns}])
+    among = Dataset.from_list([{"messages": turns}, {"messages": [named, turns[1]]}, {"messages": [turns[0], called]}])
+    # What it is about: the same row, and yet other keys.
+    assert among[0]["messages"] != alone[0]["messages"] == turns
+    salt = new_salt()
+    assert row_hash(among[0], salt) == row_hash(alone[0], salt) == row_hash({"messages": turns}, salt)
+    # A name that is there counts, and so does a deeper one.
+    assert len({row_hash(row, salt) for row in among}) == 3
+    two = {**called, "tool_calls": [{"function": {"name": "f", "arguments": {"y": 2}}}]}
+    rows = Dataset.from_list([{"messages": [turns[0], called]}, {"messages": [turns[0], two]}])
+    assert row_hash(rows[0], salt) == row_hash({"messages": [turns[0], called]}, salt) != row_hash(rows[1], salt)
 
 
 def test_no_path_of_this_machine_is_in_it(make_trainer, saved_llama, tmp_path):

@@ -91,12 +91,13 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
     """A folder as `rfa-llm unlearn` leaves it, as far as a report reads it."""
     folder.mkdir(parents=True)
     receipt = {
-        "format": 1,
+        "format": 2,
         "made_at": "2026-01-02T03:04:05+00:00",
         "versions": {"torch": "2.13.0"},
         "machine": {"cpu": "a CPU", "cores": 2},
         "base_model": {"name": "target", "revision": None, "dtype": "float32", "quantization": None},
         "adapter": {},
+        "tokenizer": {},
         "method": "rfa",
         "settings": {"alpha": 4.0, "shift": "local", "steps": 3},
         "forget": {"rows": 4},

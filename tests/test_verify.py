@@ -79,8 +79,16 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
     figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
     assert checks["check"].tolist() == [
         *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
-        *("base's name", "rows to forget", "rows in the request", "rows to keep", "retain set", "base's weights"),
-        *figures[:2],
+        *(
+            "tokenizer",
+            "base's name",
+            "rows to forget",
+            "rows in the request",
+            "rows to keep",
+            "retain set",
+            "base's weights",
+        ),
+        *("base's configuration", *figures[:2]),
         *("adapter on its base", *figures[2:]),
     ]
 
@@ -117,6 +125,51 @@ def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_
     assert failed(adapter, model_name_or_path=saved_llama, **given) == []
 
 
+TEMPLATE = "{% for m in messages %}w{{ loop.index }} {{ m['content'] }} </s>{% endfor %}"
+
+
+def test_the_tokenizer_of_the_run_is_taken_and_not_the_bases(make_trainer, tokenizer, saved_llama, adapter, tmp_path):
+    tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}w2 {% endif %}"
+    folder = tmp_path / "templated"
+    trainer = make_trainer({"output_dir": str(folder)}, model=saved_llama, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    given = {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl"), "tolerance": 1e-4}
+    assert failed(folder, **given) == []
+    (Path(saved_llama) / "tokenizer.json").unlink()
+    assert failed(folder, **given) == []
+    # Another tokenizer's figures say nothing, so none is compared.
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert failed(folder, **given) == ["tokenizer"]
+    # Neither here nor there.
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).unlink()
+    sentence = "^model_name_or_path: '.*model' has no tokenizer that can be loaded; put the run's beside the adapter"
+    with pytest.raises(ValueError, match=sentence):
+        failed(folder, **given)
+
+
+def test_the_bases_tokenizer_serves_where_the_runs_is_not_there(adapter, tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / file).unlink()
+    checks = verify(VerifyArguments(folder=str(adapter), use_cpu=True, forget=str(tmp_path / "forget.jsonl")))
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["tokenizer"]
+    assert "forget_answer_loss, after" in checks["check"].tolist()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize("field", [{"hidden_act": "relu"}, {"rms_norm_eps": 0.5}, {"rope_parameters": ROPE}])
+def test_a_base_of_the_same_weights_that_computes_otherwise(field, adapter, saved_llama):
+    config = Path(saved_llama) / "config.json"
+    # Names and versions are not what a model computes with.
+    set_json(config, transformers_version="4.0", architectures=["Other"])
+    assert failed(adapter, model_name_or_path=saved_llama) == []
+    set_json(config, **field)
+    assert failed(adapter, model_name_or_path=saved_llama) == ["base's configuration"]
+
+
 def test_an_adapter_that_was_changed(adapter, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
@@ -149,8 +202,8 @@ def test_numbers_and_figures_that_nothing_stands_behind(adapter, saved_llama):
 
 
 def test_a_receipt_of_another_format_is_refused(adapter):
-    forge(adapter, lambda receipt: receipt.update(format=2))
-    with pytest.raises(ValueError, match="^folder: .* is of format 2, and this rfa-llm reads format 1; use"):
+    forge(adapter, lambda receipt: receipt.update(format=1))
+    with pytest.raises(ValueError, match="^folder: .* is of format 1, and this rfa-llm reads format 2; use"):
         verify(VerifyArguments(folder=str(adapter)))
 
 
@@ -193,6 +246,10 @@ def replace(file: Path, pattern: str, new: str) -> None:
         ("adapter_config.json", partial(set_json, more=None), ["adapter's configuration"]),
         ("adapter_config.json", partial(set_json, base_model_name_or_path="me/base"), ["base's name"]),
         ("adapter_config.json", partial(set_json, revision="v2"), ["base's name"]),
+        ("tokenizer.json", append, ["tokenizer"]),
+        ("tokenizer_config.json", Path.unlink, ["tokenizer"]),
+        # One that was not there, and that whoever serves from the folder would use.
+        ("chat_template.jinja", lambda file: file.write_text("{{ messages }}"), ["tokenizer"]),
     ],
 )
 def test_a_change_of_any_file_is_told_by_its_name(file, change, names, adapter, saved_llama):
@@ -295,7 +352,7 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 9 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 11 and "FAIL" not in printed and "base's weights" in printed
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])

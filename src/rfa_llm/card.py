@@ -106,6 +106,7 @@ def _text(receipt: dict, words: Words, name: str, adapter: dict) -> str:
     settings = "\n".join(f"| {setting} | {value} |" for setting, value in receipt["settings"].items())
     revision = receipt["base_model"]["revision"]
     at_revision = f', revision="{revision}"' if revision else ""
+    began = "" if receipt["settings"]["new_adapter"] else ", with an adapter that was not new"
     method = METHODS.get(receipt["method"], f"`{receipt['method']}`")
     return f"""# {name}
 
@@ -132,7 +133,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = "{words.base_model}"
 model = AutoModelForCausalLM.from_pretrained(base{at_revision}, dtype="{receipt["base_model"]["dtype"]}")
 model = PeftModel.from_pretrained(model, "{name}")
-tokenizer = AutoTokenizer.from_pretrained(base{at_revision})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 {_quantization(receipt)}Merged, as one model without a switch (the safe way to hand it on):
@@ -146,7 +147,7 @@ rfa-llm merge --adapter_name_or_path {name} {_bits(receipt)}--sample_dataset ROW
 ## How it was made
 
 {method}, {receipt["settings"]["steps"]} steps over {receipt["forget"]["rows"]} rows to forget and
-{receipt["retain"]["rows"]} to keep.
+{receipt["retain"]["rows"]} to keep{began}.
 
 | setting | value |
 | --- | --- |

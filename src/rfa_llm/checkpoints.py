@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .memory import gathered
@@ -36,6 +38,18 @@ KEPT = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "o
 ORDER = ("seed", "data_seed", "train_sampling_strategy")
 # Fields of an adapter's configuration that say where it came from, not what it is.
 PLACE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+# Where peft's wrappers keep what they wrap: a layer, a module that is trained whole, an embedding of trained tokens.
+WRAPPED = ("base_layer", "original_module", "token_adapter")
+# Fields of a model's configuration that are names and versions, that a training sets, or that the digest of its
+# weights covers.
+NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "quantization_config",
+}
 
 
 def newest_whole_checkpoint(output_dir: str) -> str | None:
@@ -94,29 +108,56 @@ def base_model_digest(model: PreTrainedModel | PeftModel, reads: bool = True) ->
     without; it says something else in another dtype, or quantized otherwise.
 
     Args:
-        model: Alone, or with an adapter that trains. Under ZeRO-3 every process has to call this together.
+        model: Alone, or with an adapter, whether that trains or not. Under ZeRO-3 every process has to call this
+            together.
         reads: Whether this process has the values, and should read them.
 
     Returns:
         "sha256:" and 64 hexadecimal digits, without a meaning where `reads` is off.
     """
-    has_adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if has_adapter else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     quantization = base.config.to_dict().get("quantization_config")
     whole = hashlib.sha256(json.dumps(quantization, default=str).encode())
+    wrappers = {
+        path for path, module in base.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
     # With the scales of quantized weights, which are no parameters.
     for name, tensor in base.state_dict(keep_vars=True).items():
-        if has_adapter and tensor.requires_grad:
+        if _belongs_to_adapter(name, wrappers):
             continue
         with gathered(tensor) as values:
             if not reads:
                 continue
-            # peft puts a level of its own between a layer and its weights.
-            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            name = ".".join(part for part in name.split(".") if part not in WRAPPED)
             whole.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
             # numpy has no bfloat16, so bytes are what it gets.
             whole.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"sha256:{whole.hexdigest()}"
+
+
+def _belongs_to_adapter(name: str, wrappers: set[str]) -> bool:
+    """Whether a tensor lies in one of peft's wrappers, and there beside what it wraps."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in wrappers and parts[depth] not in WRAPPED for depth in range(1, len(parts)))
+
+
+def base_config_digest(config: PreTrainedConfig) -> str:
+    """SHA-256 over what a model computes with beside its weights: its configuration, as JSON with sorted keys, but for
+    `NOT_COMPUTED_WITH`, here and in the configurations of its parts.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits. A transformers with more fields may say another digest.
+    """
+    text = json.dumps(_computed_with(config.to_dict()), sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _computed_with(fields_of_config: dict) -> dict:
+    return {
+        name: _computed_with(value) if isinstance(value, dict) else value
+        for name, value in fields_of_config.items()
+        if name not in NOT_COMPUTED_WITH
+    }
 
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Publishing an adapter on the Hugging Face Hub: four files in one commit, and nothing else that lies beside them."""
+"""Publishing an adapter on the Hugging Face Hub: its files in one commit, and nothing else that lies beside them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from .card import Words, model_card
 from .data.formats import texts
 from .receipt import (
     RECEIPT_NAME,
+    VOCABULARY_FILES,
     adapter_digests,
     as_text,
     read_adapter_config,
     read_receipt,
+    tokenizer_digests,
     with_card,
 )
 
@@ -72,7 +74,8 @@ def check_words(words: Words) -> None:
 
 
 def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str, bytes | Path]:
-    """What goes up, by name: the adapter, its configuration with the base's Hub id, the receipt and the card.
+    """What goes up, by name: the adapter, its configuration with the base's Hub id, the tokenizer, the receipt and the
+    card.
 
     Nothing else in the folder does: neither the salt nor checkpoints, logs, caches and training arguments.
 
@@ -81,10 +84,10 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
-    if adapter_digests(folder) != receipt["adapter"]:
+    if adapter_digests(folder) != receipt["adapter"] or tokenizer_digests(folder) != receipt["tokenizer"]:
         raise ValueError(
-            f"folder: the adapter in {str(folder)!r} is not the one of its {RECEIPT_NAME}; publish them as they were "
-            "saved together."
+            f"folder: the adapter in {str(folder)!r}, or its tokenizer, is not the one of its {RECEIPT_NAME}; publish "
+            "them as they were saved together."
         )
     config = read_adapter_config(folder)
     if config["base_model_name_or_path"] != words.base_model:
@@ -98,6 +101,7 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         SAFETENSORS_WEIGHTS_NAME: folder / SAFETENSORS_WEIGHTS_NAME,
+        **{name: (folder / name).read_bytes() for name in receipt["tokenizer"]},
         RECEIPT_NAME: as_text(with_card(receipt, card)).encode(),
         CARD_NAME: card.encode(),
     }
@@ -231,7 +235,9 @@ def publish(
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
     files = files_to_publish(folder, repo_id, words)
-    check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
+    # A vocabulary has words of any text.
+    searched = {name: file for name, file in files.items() if name not in VOCABULARY_FILES}
+    check_private({**searched, "the commit message": commit_message.encode()}, forget_rows)
     said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
     said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
     check_said(said, forget_rows)

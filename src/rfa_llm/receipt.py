@@ -26,6 +26,13 @@ import torch
 from datasets import Dataset
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from .checkpoints import FREE, KEPT, ORDER
 from .data.formats import content
@@ -35,7 +42,7 @@ from .unlearning_config import UnlearningConfig
 RECEIPT_NAME = "forget_receipt.json"
 # transformers' own `push_to_hub` leaves out names that begin with an underscore, as ours does.
 SALT_NAME = "_forget_salt.txt"
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -47,6 +54,7 @@ PARTS = (
     "machine",
     "base_model",
     "adapter",
+    "tokenizer",
     "method",
     "settings",
     "forget",
@@ -54,6 +62,22 @@ PARTS = (
     "metrics",
     "card",
 )
+# The name of a base that was handed over as an object, and of which nobody knows where it lies.
+IN_MEMORY = "in memory"
+# Files with the words and pieces of words that a tokenizer knows.
+VOCABULARY_FILES = (
+    FULL_TOKENIZER_FILE,
+    ADDED_TOKENS_FILE,
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+# What a tokenizer's `save_pretrained` writes, each where there is something to write; beside them it has a folder for
+# further chat templates.
+TOKENIZER_FILES = (*VOCABULARY_FILES, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, CHAT_TEMPLATE_FILE)
 # Rows of each set that the receipt's figures are taken over.
 FIGURE_ROWS = 64
 
@@ -146,9 +170,10 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
 
 
 def base_of(config: dict) -> dict[str, str | None]:
-    """What an adapter's configuration calls its base: "name", a Hub id or a folder's own name, and "revision"."""
+    """What an adapter's configuration calls its base: "name" (a Hub id, a folder's own name or `IN_MEMORY`) and
+    "revision"."""
     return {
-        "name": public_name(config.get("base_model_name_or_path") or ""),
+        "name": public_name(config.get("base_model_name_or_path") or IN_MEMORY),
         "revision": config.get("revision"),
     }
 
@@ -170,6 +195,17 @@ def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     config = {name: value for name, value in read_adapter_config(folder).items() if name not in place}
     text = json.dumps(config, sort_keys=True)
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def tokenizer_digests(folder: str | os.PathLike) -> dict[str, str]:
+    """SHA-256 of each file of a tokenizer that lies beside an adapter, by its name."""
+    folder = Path(folder)
+    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }
 
 
 def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_size: int) -> dict[str, float]:
@@ -199,8 +235,9 @@ def make_receipt(
     overrides: dict[str, str],
     model: PreTrainedModel,
     base_digest: str,
+    config_digest: str,
     folder: str,
-    steps: int,
+    training: dict[str, str | int | bool],
     rows: dict[str, Dataset],
     salt: str,
     figures: dict[str, dict[str, float]],
@@ -213,8 +250,11 @@ def make_receipt(
         overrides: What stands for the setting of the same name, such as the blocks that were chosen.
         model: The base model.
         base_digest: From `rfa_llm.checkpoints.base_model_digest`.
-        folder: With the adapter, which has been saved.
-        steps: That were trained.
+        config_digest: From `rfa_llm.checkpoints.base_config_digest`, before the training.
+        folder: With the adapter and the tokenizer, which have been saved.
+        training: What the training was beside its settings: "mixed_precision", of the accelerator; "steps", of the
+            last `train`, with those of the checkpoint that it went on from; "new_adapter", whether that began with an
+            adapter as its trainer had made it.
         rows: "forget" and "retain", as they were given.
         salt: From `new_salt`.
         figures: "before" and "after", each from `answer_figures`; empty where they are not known.
@@ -222,7 +262,9 @@ def make_receipt(
     inherited = {field.name for field in fields(TrainingArguments)}
     own = sorted({field.name for field in fields(args)} - inherited - FREE)
     values = args.to_dict()
-    settings = {name: overrides.get(name, values[name]) for name in [*own, *KEPT, *ORDER, *LENGTH]}
+    # The accelerator's precision need not be that of the arguments; what it took stands in `training`.
+    names = [name for name in (*own, *KEPT, *ORDER, *LENGTH) if name not in ("bf16", "fp16")]
+    settings = {name: overrides.get(name, values[name]) for name in names}
     settings = {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     quantization = model.config.to_dict().get("quantization_config")
     return sealed(
@@ -238,10 +280,12 @@ def make_receipt(
                 "quantization": None if quantization is None else json.loads(json.dumps(quantization, default=str)),
                 # Over every byte of the weights as they were loaded, not over a sample.
                 "weights": base_digest,
+                "config": config_digest,
             },
             "adapter": adapter_digests(folder),
+            "tokenizer": tokenizer_digests(folder),
             "method": method,
-            "settings": {**settings, "world_size": args.world_size, "steps": steps},
+            "settings": {**settings, "world_size": args.world_size, **training},
             "forget": {"rows": len(rows["forget"]), "row_hashes": row_hashes(rows["forget"], salt)},
             "retain": {"rows": len(rows["retain"]), "hash": set_hash(rows["retain"], salt)},
             "metrics": figures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
 from .card import TAGS, Words, model_card
 from .checkpoints import (
     METHOD_STATE_NAME,
+    base_config_digest,
     base_model_digest,
     newest_whole_checkpoint,
     read_method_state,
@@ -44,11 +46,11 @@ from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
 from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish
 from .memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
 from .receipt import (
+    adapter_digests,
     answer_figures,
     figure_rows,
     make_receipt,
     new_salt,
-    public_name,
     read_adapter_config,
     with_card,
     write_receipt,
@@ -56,6 +58,11 @@ from .receipt import (
 from .unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
+# Settings that say nothing where the optimizer or the scheduler is given.
+OPTIMIZER = ("optim", "learning_rate", "weight_decay")
+SCHEDULER = ("lr_scheduler_type", "warmup_steps")
+# What peft's `init_lora_weights` may be: the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights.
+BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class UnlearningTrainer(Trainer):
@@ -116,6 +123,7 @@ class UnlearningTrainer(Trainer):
             raise TypeError(
                 f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
             )
+        _check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         is_path = isinstance(model, str)
         if is_path:
             _check_not_adapter(model)
@@ -156,7 +164,10 @@ class UnlearningTrainer(Trainer):
             model = AutoModelForCausalLM.from_pretrained(
                 model, **init_kwargs, **({"quantization_config": quantization_config} if quantization_config else {})
             )
+        makes_adapter = not isinstance(model, PeftModel)
         model = self._with_adapter(args, model, peft_config)
+        # The Trainer puts the tokenizer's special tokens into it.
+        self._base_config = base_config_digest(model.get_base_model().config)
 
         super().__init__(
             model=model,
@@ -178,7 +189,12 @@ class UnlearningTrainer(Trainer):
         self._good_step, self._good_adapter = -1, {}
         # One for all processes.
         self._salt = broadcast_object_list([new_salt()])[0]
-        self._figures_step, self._figures = 0, {}
+        self._figures_of, self._figures = None, {}
+        optimizer, scheduler = optimizers
+        given = [*(() if optimizer is None else OPTIMIZER), *(() if scheduler is None else SCHEDULER)]
+        self._given = dict.fromkeys(given, "given")
+        self._new_adapter = self._adapter_digest() if makes_adapter else None
+        self._began_new: bool | None = None
 
     # ---- what a method may override ----
 
@@ -245,7 +261,9 @@ class UnlearningTrainer(Trainer):
         else:
             if peft_config is None:
                 peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
-            model = get_peft_model(model, placed(peft_config, model, self._last_adapted_block(model.config)))
+            peft_config = placed(peft_config, model, self._last_adapted_block(model.config))
+            # peft's own place for it: the adapter names its base whole.
+            model = get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
         base = model.get_base_model()
         self._check_model(args, base)
         disable_dropout(base)
@@ -334,7 +352,7 @@ class UnlearningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain PEFT adapter, which `PeftModel.from_pretrained` loads, with its model card and its receipt.
 
-        The receipt's salt, `_forget_salt.txt`, lies beside them; keep it private. With `args.push_to_hub` the four
+        The receipt's salt, `_forget_salt.txt`, lies beside them; keep it private. With `args.push_to_hub` the
         files of `rfa_llm.hub.files_to_publish` go up too.
 
         Args:
@@ -358,36 +376,46 @@ class UnlearningTrainer(Trainer):
 
     def _write_papers(self, folder: str) -> None:
         """Put the receipt and the card beside a saved adapter."""
-        figures = self._answer_figures()
+        figures = self._answer_figures(folder)
         if not self.args.should_save:
             return
         receipt = make_receipt(
             self.args,
             self.method,
-            self._method_fingerprint(),
+            {**self._method_fingerprint(), **self._given},
             self._peft_model().get_base_model(),
             self._fingerprint["base_model"],
+            self._base_config,
             folder,
-            self.state.global_step,
+            {
+                "mixed_precision": self.accelerator.mixed_precision,
+                "steps": self.state.global_step,
+                "new_adapter": self._is_new() if self._began_new is None else self._began_new,
+            },
             self._rows,
             self._salt,
             figures,
         )
-        base_model = self.args.hub_base_model or public_name(self._base_name())
+        base_model = self.args.hub_base_model or receipt["base_model"]["name"]
         words = Words(forgotten=self.args.forgotten, base_model=base_model)
         card = str(model_card(receipt, words, Path(folder).absolute().name, read_adapter_config(folder)))
         write_receipt(folder, with_card(receipt, card), self._salt)
         (Path(folder) / CARD_NAME).write_bytes(card.encode())
 
-    def _answer_figures(self) -> dict[str, dict[str, float]]:
-        """What is said of the answers "before" and "after", once a step; nothing where this run has not trained."""
-        if self._figures_step != self.state.global_step:
+    def _answer_figures(self, folder: str) -> dict[str, dict[str, float]]:
+        """What is said of the answers "before" and "after", once for each adapter that was saved in a folder; nothing
+        where this run has not trained."""
+        if self.state.global_step == 0:
+            return {}
+        weights = [adapter_digests(folder)["weights"] if self.args.should_save else None]
+        weights = broadcast_object_list(weights)[0]
+        if self._figures_of != weights:
             batch_size = 2 * self.args.per_device_train_batch_size
             sets = {name: figure_rows(self._rows[name], self._sets[name], self._salt) for name in self._sets}
             with adapter_off(self._peft_model()):
                 before = answer_figures(self.model, sets, batch_size)
             self._figures = {"before": before, "after": answer_figures(self.model, sets, batch_size)}
-            self._figures_step = self.state.global_step
+            self._figures_of = weights
             reshard(self.model)
         return self._figures
 
@@ -463,7 +491,8 @@ class UnlearningTrainer(Trainer):
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the adapter in `args.output_dir` and put it on the Hub as `args.hub_model_id`, with card and receipt.
 
-        Only the adapter, its configuration, the card and the receipt go up; nothing else of `output_dir` does.
+        Only the adapter, its configuration, the tokenizer, the card and the receipt go up; nothing else of
+        `output_dir` does.
 
         Args:
             commit_message, blocking, token, revision, private: As in [`~transformers.Trainer.push_to_hub`].
@@ -488,6 +517,18 @@ class UnlearningTrainer(Trainer):
 
     def _adapter(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _adapter_digest(self) -> str:
+        """SHA-256 over what this process holds of the adapter, which says whether it has changed."""
+        whole = hashlib.sha256()
+        for _, parameter in self._adapter():
+            for value in held_values(parameter):
+                whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return whole.hexdigest()
+
+    def _is_new(self) -> bool:
+        """Whether the adapter is as this trainer made it; one that was handed over is not."""
+        return self._adapter_digest() == self._new_adapter
 
     def _make_fingerprint(self, forget: Dataset, retain: Dataset) -> dict[str, str]:
         # Only the first process is sure to have the base model's values (FSDP may leave the others without).
@@ -536,6 +577,7 @@ class UnlearningTrainer(Trainer):
                 )
         if resume_from_checkpoint:
             self._load_method_state(read_method_state(resume_from_checkpoint, self._fingerprint))
+        self._began_new = self._is_new()
         start_peak(self.args.device)
         if not self.args.gradient_checkpointing:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -570,7 +612,6 @@ class UnlearningTrainer(Trainer):
         result = super()._init_training_state(*args, **kwargs)
         self._sums, self._sums_since_step = {}, self.state.global_step
         self._good_step, self._good_adapter = -1, {}
-        self._figures_step, self._figures = 0, {}
         return result
 
 
@@ -617,4 +658,20 @@ def _check_not_adapter(model: str) -> None:
         raise ValueError(
             f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
             "(`rfa-llm merge`) and pass the merged model."
+        )
+
+
+def _check_peft_config(peft_config: PeftConfig | None) -> None:
+    settings = {} if peft_config is None else peft_config.to_dict()
+    bias = settings.get("bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"peft_config: bias={bias!r} trains the base's own biases, and the base without its adapter is what this "
+            "method compares with; leave it 'none'."
+        )
+    init = settings.get("init_lora_weights", True)
+    if init not in BASE_KEEPING_INITS:
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} changes the base's weights, and the base without its adapter is "
+            f"what this method compares with; use one of {', '.join(map(repr, BASE_KEEPING_INITS))}."
         )

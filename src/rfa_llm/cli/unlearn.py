@@ -86,9 +86,6 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    peft_config = get_peft_config(model_args)
-    # peft's own place for it: the adapter names its base whole.
-    peft_config.revision = training_args.model_init_kwargs["revision"]
     holdout = None
     if data_args.holdout_dataset is not None:
         holdout = load_rows(
@@ -104,7 +101,7 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
             data_args.retain_dataset, "retain_dataset", data_args.retain_config, data_args.dataset_split
         ),
         holdout_dataset=holdout,
-        peft_config=peft_config,
+        peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics

@@ -11,11 +11,17 @@ import pandas as pd
 from accelerate import PartialState
 from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rfa_llm.adapters import on_its_base
 from rfa_llm.card import has_figures_of
-from rfa_llm.checkpoints import base_model_digest
+from rfa_llm.checkpoints import base_config_digest, base_model_digest
 from rfa_llm.cli.main import leading_words
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
@@ -32,6 +38,7 @@ from rfa_llm.receipt import (
     read_salt,
     row_hashes,
     set_hash,
+    tokenizer_digests,
 )
 
 
@@ -106,6 +113,11 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     adapter = adapter_digests(args.folder)
     check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
     check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
+    tokenizer_files = tokenizer_digests(args.folder)
+    either = {*tokenizer_files, *receipt["tokenizer"]}
+    changed = sorted(name for name in either if tokenizer_files.get(name) != receipt["tokenizer"].get(name))
+    not_it = f"{', '.join(changed)}: not the receipt's"
+    checks.append(("tokenizer", not changed, not_it if changed else f"{len(tokenizer_files)} files"))
     base = receipt["base_model"]
     named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
     found = base_of(read_adapter_config(args.folder))
@@ -143,9 +155,13 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
 
     model = load_base(args, receipt)
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
+    check("base's configuration", base_config_digest(model.config), receipt["base_model"]["config"])
     sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
+    if tokenizer_files and changed:
+        # Figures of other token ids would say nothing.
+        sets = {}
     if sets:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **revision(args))
+        tokenizer = load_tokenizer(args, model.name_or_path, beside=bool(tokenizer_files))
         check_tokenizer(tokenizer)
         length = receipt["settings"]["max_length"]
         sets = {name: figure_rows(rows, prepare(rows, tokenizer, name, length), salt) for name, rows in sets.items()}
@@ -188,6 +204,11 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
     """The base as it was loaded for the training: in the same dtype, quantized in the same way."""
     base = receipt["base_model"]
     name = args.model_name_or_path or read_adapter_config(args.folder)["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            "model_name_or_path: none is given, and the adapter's base was handed over in memory; give the id or path "
+            "of the same weights."
+        )
     device = PartialState(cpu=args.use_cpu).device
     settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision(args)}
     # Checkpoints that are quantized themselves need no word.
@@ -198,6 +219,18 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
     except OSError as error:
         raise ValueError(
             f"model_name_or_path: {name!r} cannot be loaded; pass the id or path of {base['name']!r}."
+        ) from error
+
+
+def load_tokenizer(args: VerifyArguments, base: str, beside: bool) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, beside its adapter; the base's where none lies there."""
+    name, source, more = ("folder", args.folder, {}) if beside else ("model_name_or_path", base, revision(args))
+    try:
+        return AutoTokenizer.from_pretrained(source, **more)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: {source!r} has no tokenizer that can be loaded; put the run's beside the adapter, as it was "
+            "saved there."
         ) from error
 
 

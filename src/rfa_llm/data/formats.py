@@ -134,12 +134,14 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
 def content(row: dict) -> dict:
     """The columns of a row that `encode` reads; others, such as ids or sources, are left out.
 
+    So are a turn's keys without a value: `datasets` gives every turn the keys of all turns of its set.
+
     Raises:
         ValueError: no format's columns are there.
     """
     for columns in FORMATS:
         if all(column in row for column in columns):
-            return {column: row[column] for column in columns}
+            return {column: _without_none(row[column]) for column in columns}
     raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
 
 
@@ -241,6 +243,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"processing_class is a tokenizer without {missing}; set its eos_token.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _without_none(value: object) -> object:
+    """A value with no key of `None` in it, however deep (a turn's tool calls have keys of their own)."""
+    if isinstance(value, dict):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _accepted() -> str:
