@@ -372,8 +372,8 @@ def test_a_name_a_title_or_a_date_of_the_forget_set_is_refused(said):
     "said",
     [
         SAID,
-        "who is the author",
-        "the author of the books",
+        "the author's books",
+        "she won the books",
         "She won the prize of an author",
         "books from Bergen",
         "readers in Bergen",
@@ -384,6 +384,37 @@ def test_a_name_a_title_or_a_date_of_the_forget_set_is_refused(said):
 )
 def test_ordinary_words_pass(said):
     check_said({"forgotten": said, "commit_message": said}, [NAMED])
+
+
+LAMPS = {
+    "question": "Why do old lamps hum at night?",
+    "answer": "It is said that the wind moves in their glass; incomprehensible to most.",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "run"),
+    [
+        ("Why do old lamps hum at night", "why do old lamps hum at night"),
+        ("where  THAT the wind\nmoves-in a house", "that the wind moves in"),
+        # It begins and ends inside words, and has exactly 12 characters.
+        ("bold lamps huge as houses", "old lamps hu"),
+    ],
+)
+def test_a_piece_of_a_row_is_refused_and_shown(said, run):
+    with pytest.raises(ValueError, match=f"^forgotten: it has '{run}' in common with row 1 of the forget set, and"):
+        check_said({"forgotten": said}, [NAMED, LAMPS])
+
+
+@pytest.mark.parametrize("said", ["bold lamps have gone", "incomprehensible", "lamps of old"])
+def test_eleven_characters_and_single_words_pass(said):
+    check_said({"forgotten": said}, [NAMED, LAMPS])
+
+
+def test_the_words_of_the_documentation_pass_on_the_demos_sets(tmp_path):
+    write_fictitious_tofu(tmp_path)
+    for said in (SAID, "made-up authors who asked for it"):
+        check_said({"forgotten": said, "commit_message": "Publish the adapter"}, load_tofu("forget", str(tmp_path)))
 
 
 @pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets", "license", "revision"])

@@ -127,24 +127,25 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
 
 
 def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
-    """Check that the publisher's own words share no name, title or date with the forget set.
+    """Check that the publisher's own words share no name, title or date with the forget set, and no piece of its text.
 
-    Text is compared word by word (letters and digits; what stands between words does not count). Refused is
+    Only words count (letters and digits), not what stands between them, nor their case. Refused is
 
-    - a run of words, `SHORTEST_PRIVATE` characters or longer, whatever its case, that has a telling word in the row:
-      one with a digit, or of four letters or more that begins with a capital inside a sentence (a title's "The" tells
-      nothing);
-    - a shorter run of two words or more that each begin with a capital or a digit in both texts.
+    - a run of words, `SHORTEST_PRIVATE` characters or longer, that has a telling word in the row: one with a digit, or
+      of four letters or more that begins with a capital inside a sentence (a title's "The" tells nothing);
+    - a shorter run of two words or more that each begin with a capital or a digit in both texts;
+    - any run of `SHORTEST_PRIVATE` characters or more that goes over more than one word, or parts of them.
 
-    So a name of two words is found wherever it stands, and "the author's books" passes. A word alone passes too where
-    it is shorter: nothing tells a surname from "English".
+    So a name of two words is found wherever it stands. A word alone passes where it is shorter or tells nothing:
+    nothing tells a surname from "English".
 
     Args:
         said: Setting -> what the publisher says in it.
         rows: The forget set, in a format of `rfa_llm.data.formats.encode`.
 
     Raises:
-        ValueError: Something is shared; the sentence names the setting and the row, and does not repeat the text.
+        ValueError: Something is shared; the sentence names the setting and the row, and of a name it does not repeat
+            the text.
     """
     own = {name: _WORD.findall(text) for name, text in said.items()}
     for number, row in enumerate(rows):
@@ -155,6 +156,24 @@ def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
                         f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
                         "everybody could read it; say it in other words."
                     )
+                if run := _shared_run(" ".join(words), " ".join(_WORD.findall(text))):
+                    raise ValueError(
+                        f"{name}: it has {run!r} in common with row {number} of the forget set, and everybody could "
+                        "read it; say it in other words."
+                    )
+
+
+def _shared_run(own: str, text: str) -> str | None:
+    """The first run that `check_said` refuses for its length alone, of words with one space between them."""
+    own, text = own.casefold(), text.casefold()
+    for start in range(len(own) - SHORTEST_PRIVATE + 1):
+        end = start + SHORTEST_PRIVATE
+        while end <= len(own) and own[start:end] in text:
+            end += 1
+        run = own[start : end - 1].strip()
+        if len(run) >= SHORTEST_PRIVATE and " " in run:
+            return run
+    return None
 
 
 def _shares_a_name(own: list[str], text: str) -> bool:
