@@ -21,7 +21,7 @@ from rfa_llm.cli.main import leading_words
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, hub_sentences, publish
-from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, as_text, read_adapter_config, read_receipt, sealed
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
 SAID = "the pages of an author who asked for it"
@@ -271,6 +271,14 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
             {"forgotten": "some rows", "hub_base_model": "me/base", "hub_model_id": "me/without-w10-w11-w12-w13"},
             "^hub_model_id: it shares a name, a title or a date with row 0 of the forget",
         ),
+        (
+            {"forgotten": "some rows", "hub_base_model": "me/without-w10-w11-w12-w13"},
+            "^base_model: it shares a name, a title or a date with row 0 of the forget",
+        ),
+        (
+            {"forgotten": "some rows", "hub_base_model": "me/base", "shift": "ignorant", "teacher": "w10-w11-w12-w13"},
+            "^teacher: it shares a name, a title or a date with row 0 of the forget",
+        ),
         ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
     ],
 )
@@ -417,14 +425,41 @@ def test_the_words_of_the_documentation_pass_on_the_demos_sets(tmp_path):
         check_said({"forgotten": said, "commit_message": "Publish the adapter"}, load_tofu("forget", str(tmp_path)))
 
 
-@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets", "license", "revision"])
+FIELDS = ["repo_id", "commit_message", "datasets", "license", "revision", "base_model", "evaluations"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
     given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
+    given |= {"base_model": "me/base", "evaluations": "forget_prob"}
     given[field] = "me/ada-vilnor-sehl"
-    words = {"datasets": [given.pop("datasets")], "license": given.pop("license")}
-    words = Words(forgotten=SAID, base_model="me/base", **words)
+    words = {"datasets": [given.pop("datasets")], "evaluations": {"after": {given.pop("evaluations"): 0.5}}}
+    words = Words(forgotten=SAID, base_model=given.pop("base_model"), license=given.pop("license"), **words)
     with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
         publish(adapter, words=words, forget_rows=[NAMED], **given)
+
+
+def test_a_name_in_a_setting_is_refused_and_numbers_of_blocks_are_not(adapter):
+    receipt = read_receipt(adapter)
+    receipt["settings"] |= {"teacher": "ada-vilnor-sehl-lm", "blocks": "10, 11, 12"}
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    with pytest.raises(ValueError, match="^teacher: it shares a name, a title or a date with row 1 of the forget"):
+        publish(adapter, "me/adapter", WORDS, [{"text": "Lessons 10, 11, 12 and 13"}, NAMED])
+
+
+@pytest.mark.parametrize(
+    "said", ["of Zoe\u0301 Vilno\u0308r", "ZO\u00c9 VILN\u00d6R", "Zo\u200b\u00e9 Vil\u00adn\u00f6r"]
+)
+def test_a_name_is_found_however_unicode_writes_it(said):
+    for row in (
+        "Who is Zo\u00e9 Viln\u00f6r?",
+        "Who is Zoe\u0301 Vilno\u0308r?",
+        "Who is Zo\u00e9 Vil\u200bn\u00f6r?",
+    ):
+        with pytest.raises(ValueError, match="^forgotten: it shares a name"):
+            check_said({"forgotten": said}, [{"text": row}])
+    with pytest.raises(ValueError, match="^forgotten: text of row 0"):
+        check_private({"card": f"Who is {said}".encode()}, [{"text": "Zoe\u0301 Vilno\u0308r"}])
 
 
 def test_vllm_is_told_a_rank_that_it_takes_or_to_be_given_the_merged_model(adapter):

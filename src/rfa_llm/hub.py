@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import takewhile
@@ -129,7 +130,7 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
 def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
     """Check that the publisher's own words share no name, title or date with the forget set, and no piece of its text.
 
-    Only words count (letters and digits), not what stands between them, nor their case. Refused is
+    Only words count (letters and digits), not what stands between them, nor how Unicode writes them. Refused is
 
     - a run of words, `SHORTEST_PRIVATE` characters or longer, that has a telling word in the row: one with a digit, or
       of four letters or more that begins with a capital inside a sentence (a title's "The" tells nothing);
@@ -137,7 +138,8 @@ def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
     - any run of `SHORTEST_PRIVATE` characters or more that goes over more than one word, or parts of them.
 
     So a name of two words is found wherever it stands. A word alone passes where it is shorter or tells nothing:
-    nothing tells a surname from "English".
+    nothing tells a surname from "English". A script without capitals has no names here, and one without spaces no
+    words either, so of those little or nothing is found.
 
     Args:
         said: Setting -> what the publisher says in it.
@@ -147,9 +149,9 @@ def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
         ValueError: Something is shared; the sentence names the setting and the row, and of a name it does not repeat
             the text.
     """
-    own = {name: _WORD.findall(text) for name, text in said.items()}
+    own = {name: _WORD.findall(_plain(text)) for name, text in said.items()}
     for number, row in enumerate(rows):
-        for text in texts(row):
+        for text in map(_plain, texts(row)):
             for name, words in own.items():
                 if _shares_a_name(words, text):
                     raise ValueError(
@@ -211,8 +213,19 @@ def _header(weights: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
+def _plain(text: str) -> str:
+    """Text in Unicode's form NFKC, without characters of category Cf, such as a zero-width space."""
+    return unicodedata.normalize("NFKC", "".join(sign for sign in text if unicodedata.category(sign) != "Cf"))
+
+
 def _flat(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(_plain(text).casefold().split())
+
+
+def text_settings(settings: Mapping[str, object]) -> dict[str, str]:
+    """Those settings of a run that are text, such as the name of the teacher's folder."""
+    # The blocks are numbers.
+    return {name: value for name, value in settings.items() if isinstance(value, str) and name != "blocks"}
 
 
 def publish(
@@ -233,7 +246,7 @@ def publish(
         repo_id: Such as "me/adapter".
         words: For the card.
         forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
-            publisher says shares no name with them (`check_said`).
+            publisher says, and what the receipt says of the run, shares no name with them (`check_said`).
         private: Whether a repository that is made is private.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.
@@ -251,9 +264,11 @@ def publish(
         raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
     files = files_to_publish(folder, repo_id, words)
     check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
-    said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
+    evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
+    said = {"forgotten": words.forgotten, "repo_id": repo_id, "base_model": words.base_model}
+    said |= {"datasets": " ".join(words.datasets), "evaluations": " ".join(evaluations)}
     said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
-    check_said(said, forget_rows)
+    check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
