@@ -12,7 +12,8 @@ import yaml
 from conftest import tiny_llama
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
@@ -82,6 +83,19 @@ def python(hub: HubServer, tmp_path: Path, code: str, *words: str) -> str:
 def last_line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def online(hub, monkeypatch) -> HubServer:
+    """The Hub of our own for the client in this process."""
+    patched = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in {**patched, "HF_HUB_DISABLE_TELEMETRY": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    # A proxy of the machine's would not find it.
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield hub
+    close_session()
 
 
 PUBLISH = ("--forgotten", SAID, "--base_model", "me/base")
@@ -219,7 +233,7 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     words = ("publish", str(adapter), "me/adapter", *PUBLISH)
     error = last_line(rfa_llm(hub, tmp_path, *words))
     assert error.startswith("rfa-llm: error: repo_id: the upload to 'me/adapter' did not come through (")
-    assert error.endswith("nothing was changed there, so run the same command again.")
+    assert error.endswith("no file was changed there, so run the same command again.")
     assert set(hub.repos["me/adapter"][-1]) == {".gitattributes"}
 
     result = rfa_llm(hub, tmp_path, *words)
@@ -227,6 +241,40 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     assert set(hub.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
     # The weights had arrived, and did not travel again.
     assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
+
+
+def test_what_the_hub_would_refuse_is_refused_before_there_is_a_repository(online, adapter):
+    sentence = (
+        r"^license, datasets, base_model: the Hub refuses what the card says of them \(.*'gpt2'.*\); give values"
+    )
+    with pytest.raises(ValueError, match=sentence) as error:
+        publish(adapter, "me/adapter", Words(forgotten=SAID, base_model="gpt2"), token=TOKEN)
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="^revision: 'me/adapter' has no branch 'nowhere'; make it there first, or leave"
+    ):
+        publish(adapter, "me/adapter", WORDS, token=TOKEN, revision="nowhere")
+    assert online.repos == {}
+
+
+def test_a_refused_upload_says_that_the_repository_is_left(online, adapter):
+    online.refusals["/commit/"] = 413
+    for blocking, repo_id in ((True, "me/adapter"), (False, "me/other")):
+        sentence = rf"^repo_id: the Hub refuses the upload to '{repo_id}' \(413: not today\)"
+        with pytest.raises(
+            ValueError, match=f"{sentence}; the repository that was made for it is left there, empty.$"
+        ):
+            done = publish(adapter, repo_id, WORDS, token=TOKEN, blocking=blocking)
+            # In the background the error comes with the result.
+            assert not blocking and done.result()
+        assert set(online.repos[repo_id][-1]) == {".gitattributes"}
+        # It was there before the second time.
+        with pytest.raises(ValueError, match=f"{sentence}.$"):
+            publish(adapter, repo_id, WORDS, token=TOKEN)
+    online.refusals.clear()
+    done = publish(adapter, "me/adapter", WORDS, token=TOKEN, revision="main", blocking=False)
+    assert "/commit/" in done.result().commit_url
+    assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
 
 
 def test_no_hub_at_all_is_one_sentence(hub, adapter, tmp_path):
@@ -327,11 +375,6 @@ def response(status: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("refusal", "kind", "sentence"),
     [
-        (
-            RevisionNotFoundError("404", response=response(404)),
-            ValueError,
-            "^revision: 'me/adapter' has no such branch",
-        ),
         (HfHubHTTPError("413", response=response(413)), ValueError, "^repo_id: the Hub refuses the upload .*413"),
         (HfHubHTTPError("403", response=response(403)), PermissionError, "^token: the Hub refuses .*403"),
         (HfHubHTTPError("502", response=response(502)), ConnectionError, "so run the same command again"),
@@ -425,18 +468,16 @@ def test_the_words_of_the_documentation_pass_on_the_demos_sets(tmp_path):
         check_said({"forgotten": said, "commit_message": "Publish the adapter"}, load_tofu("forget", str(tmp_path)))
 
 
-FIELDS = ["repo_id", "commit_message", "datasets", "license", "revision", "base_model", "evaluations"]
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
-    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
-    given |= {"base_model": "me/base", "evaluations": "forget_prob"}
-    given[field] = "me/ada-vilnor-sehl"
-    words = {"datasets": [given.pop("datasets")], "evaluations": {"after": {given.pop("evaluations"): 0.5}}}
-    words = Words(forgotten=SAID, base_model=given.pop("base_model"), license=given.pop("license"), **words)
-    with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
-        publish(adapter, words=words, forget_rows=[NAMED], **given)
+def test_names_are_refused_wherever_the_publisher_may_say_them(adapter):
+    for field in ("repo_id", "commit_message", "datasets", "license", "revision", "base_model", "evaluations"):
+        given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
+        given |= {"base_model": "me/base", "evaluations": "forget_prob", field: "me/ada-vilnor-sehl"}
+        words = {"datasets": [given.pop("datasets")], "evaluations": {"after": {given.pop("evaluations"): 0.5}}}
+        words |= {name: given.pop(name) for name in ("base_model", "license")}
+        with pytest.raises(
+            ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"
+        ):
+            publish(adapter, words=Words(forgotten=SAID, **words), forget_rows=[NAMED], **given)
 
 
 def test_a_name_in_a_setting_is_refused_and_numbers_of_blocks_are_not(adapter):

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -254,9 +254,12 @@ def publish(
         blocking: Whether to wait for the end.
 
     Raises:
-        ValueError: Bad input, or what the Hub refuses of it; nothing has gone up.
+        ValueError: Bad input, or what the Hub refuses of it; no file has gone up, and of bad input no repository was
+            made.
         PermissionError: The Hub refuses the token, or there is no such repository for it.
-        ConnectionError: The connection was lost; the repository is as it was, and the same call may be made again.
+        ConnectionError: The connection was lost; no file has changed, and the same call may be made again.
+
+    Where not `blocking`, what goes wrong in the upload itself is raised by the future's `result`.
     """
     check_words(words)
     forget_rows = list(forget_rows)
@@ -271,16 +274,42 @@ def publish(
     check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
+        _check_on_hub(api, repo_id, files[CARD_NAME].decode(), revision)
+        is_new = not api.repo_exists(repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-        return api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, run_as_future=not blocking
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+
+    def commit() -> CommitInfo:
+        with hub_sentences(repo_id, is_new):
+            return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+
+    return commit() if blocking else api.run_as_future(commit)
+
+
+def _check_on_hub(api: HfApi, repo_id: str, card: str, revision: str | None) -> None:
+    """Check what the Hub would refuse after it has made the repository: the card's front matter and the branch."""
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"license, datasets, base_model: the Hub refuses what the card says of them ({reason}); give values "
+            "that it knows."
+        ) from error
+    # A new repository has this one alone.
+    if revision not in (None, "main") and not api.revision_exists(repo_id, revision):
+        raise ValueError(
+            f"revision: {repo_id!r} has no branch {revision!r}; make it there first, or leave revision out."
         )
 
 
 @contextmanager
-def hub_sentences(repo_id: str) -> Iterator[None]:
+def hub_sentences(repo_id: str, is_new: bool = False) -> Iterator[None]:
     """Turn the many lines of a failed request to the Hub into one sentence.
+
+    Args:
+        repo_id: The repository.
+        is_new: Whether it was made for this, and is empty.
 
     Raises:
         ValueError, PermissionError, ConnectionError: As in `publish`.
@@ -290,23 +319,20 @@ def hub_sentences(repo_id: str) -> Iterator[None]:
     except (HTTPError, RuntimeError) as error:
         # Uploads of large files wrap what went wrong.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        if isinstance(cause, RevisionNotFoundError):
-            raise ValueError(
-                f"revision: {repo_id!r} has no such branch; make it there first, or leave revision out."
-            ) from error
+        left = "; the repository that was made for it is left there, empty" if is_new else ""
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
             reason = (cause.server_message or "no reason given").splitlines()[0]
             status = cause.response.status_code
             if status not in (401, 403, 404):
                 raise ValueError(
-                    f"repo_id: the Hub refuses the upload to {repo_id!r} ({status}: {reason})."
+                    f"repo_id: the Hub refuses the upload to {repo_id!r} ({status}: {reason}){left}."
                 ) from error
             raise PermissionError(
                 f"token: the Hub refuses to let it write to {repo_id!r} ({status}: {reason}); log in with `hf auth "
-                "login`, or set HF_TOKEN to a token with write access there."
+                f"login`, or set HF_TOKEN to a token with write access there{left}."
             ) from error
         what = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ConnectionError(
-            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); nothing was changed there, "
+            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); no file was changed there, "
             "so run the same command again."
         ) from error
