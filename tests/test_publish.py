@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny_llama
 from datasets import Dataset
@@ -541,6 +543,19 @@ def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card
+
+
+def test_numbers_of_other_libraries_are_published_as_plain_ones(adapter):
+    figures = {"forget_prob": np.float32(0.125), "model_utility": torch.tensor(0.5)}
+    files = files_to_publish(adapter, "me/adapter", Words(SAID, "me/base", evaluations={"after": figures}))
+    published = json.loads(files[RECEIPT_NAME])["metrics"]["evaluation"]["after"]
+    (index,) = yaml.safe_load(files["README.md"].decode().split("---")[1])["model-index"]
+    shown = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
+    assert published == shown == {"forget_prob": 0.125, "model_utility": 0.5}
+    with pytest.raises(ValueError, match="^evaluations: forget_quality is None; give a number, or leave it out"):
+        files_to_publish(
+            adapter, "me/adapter", Words(SAID, "me/base", evaluations={"after": {"forget_quality": None}})
+        )
 
 
 def test_files_are_the_adapters_own_and_a_foreign_revision_does_not_go_with_them(adapter):

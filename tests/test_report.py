@@ -348,9 +348,13 @@ def test_logs_that_do_not_belong_together_are_refused(metric, rows, sentence, de
         read_run(demo)
 
 
-def test_a_forget_quality_that_is_right_is_taken(demo):
+def test_a_forget_quality_that_is_right_is_taken_and_none_is_measured(demo, tmp_path):
     change_log(demo / "target.json", "forget_quality", {"agg_value": 2 / 70})
+    # As OpenUnlearning writes it without a retain log.
+    change_log(demo / "unlearned.json", "forget_quality", {"agg_value": None})
     assert read_run(demo).logs["target"]["forget_quality"]["agg_value"] == 2 / 70
+    (row,) = [row for row in reported(tmp_path, demo).tables["metric"] if row[0] == "forget quality"]
+    assert row == ["forget quality", f"{2 / 70:.4g}", "1", "-"]
 
 
 @pytest.mark.parametrize(

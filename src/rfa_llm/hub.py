@@ -78,7 +78,8 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     Nothing else in the folder does: neither the salt nor checkpoints, logs, caches and training arguments.
 
     Raises:
-        ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of.
+        ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of; or a figure
+            is no number.
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
@@ -94,7 +95,10 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     config["base_model_name_or_path"] = words.base_model
     receipt["base_model"] |= {"name": words.base_model, "revision": config["revision"]}
     if words.evaluations:
-        receipt["metrics"]["evaluation"] = words.evaluations
+        receipt["metrics"]["evaluation"] = {
+            model: {metric: _number(metric, value) for metric, value in figures.items()}
+            for model, figures in words.evaluations.items()
+        }
     card = str(model_card(receipt, words, repo_id, config))
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -102,6 +106,14 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
         RECEIPT_NAME: as_text(with_card(receipt, card)).encode(),
         CARD_NAME: card.encode(),
     }
+
+
+def _number(metric: str, value: object) -> float:
+    """A published figure, which may come as a number of numpy or torch; YAML has no word for those."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"evaluations: {metric} is {value!r}; give a number, or leave it out.") from error
 
 
 def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
