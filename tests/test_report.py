@@ -324,6 +324,15 @@ def test_several_runs_share_a_plot_where_they_share_their_models(tmp_path):
     assert "the runs have not one target" in page.open and "model" not in page.tables
 
 
+def test_a_run_that_is_called_as_a_model_has_a_row_of_its_own(demo, tmp_path):
+    page = reported(tmp_path, demo.rename(tmp_path / "target"))
+    assert [row[::2] for row in page.tables["model"][1:]] == [
+        ["target", "0.5"],
+        ["retain-only", "0.55"],
+        ["target", "0.45"],
+    ]
+
+
 def change_log(path: Path, metric: str, value: dict) -> None:
     log = json.loads(path.read_text())
     log[metric] = value

@@ -171,7 +171,8 @@ def _comparison(runs: Sequence[Run], labels: Sequence[str]) -> Section:
                         _text, (values["forget_quality"], values["model_utility"], values["model_utility"] / utility)
                     ),
                 ]
-                for name, values in {**models, **after}.items()
+                # A run may be called "target" too.
+                for name, values in [*models.items(), *after.items()]
             ],
         )
     )
