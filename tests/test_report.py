@@ -232,6 +232,41 @@ def test_rows_with_markup_stay_text(page, tmp_path):
     assert r"| a &lt;b>\|c | 4 |" in (tmp_path / "report.md").read_text()
 
 
+def test_a_name_is_neither_a_formula_nor_an_image(demo, tmp_path):
+    receipt = json.loads((demo / "adapter" / RECEIPT_NAME).read_text())
+    receipt["base_model"]["name"] = "![x](http://example.org/_x_.png)"
+    (demo / "adapter" / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, "a card")))
+    page = reported(tmp_path, demo.rename(tmp_path / r"a$\frac$b"))
+    assert page.tables["request"][2] == ["base model", "![x](http://example.org/_x_.png)"]
+    assert page.tags.count("img") == 4 and page.tables["model"][3][0] == r"a$\frac$b"
+    markdown = (tmp_path / "report.md").read_text()
+    assert r"| base model | \!\[x\](http://example.org/\_x\_.png) |" in markdown and "![" not in markdown
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_what_is_no_report_is_not_written_over(name, tmp_path):
+    run, out = write_folder(tmp_path / "run", log_history=[]), tmp_path / "out"
+    for made in ("a page of <title>Unlearning report</title>", None):
+        out.mkdir()
+        file = out / name
+        file.mkdir() if made is None else file.write_text(made)
+        with pytest.raises(ValueError, match=f"^output_file: '.*{name}' is there, and no report; give another name"):
+            write_report([read_run(run)], out / "report.html")
+        assert [path.name for path in out.iterdir()] == [name]
+        assert file.is_dir() if made is None else file.read_text() == made
+        out.rename(tmp_path / f"after {made is None}")
+
+
+def test_a_report_is_written_over_an_earlier_one_and_leaves_no_part(tmp_path):
+    run, out = read_run(write_folder(tmp_path / "run", log_history=[])), tmp_path / "out"
+    pages = [path.read_text() for path in write_report([run, run], out / "report.html")]
+    assert [path.read_text() for path in write_report([run], out / "report.html")] != pages
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.md"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^output_file: '.*file/report.html' cannot be written .*; give another name"):
+        write_report([run], tmp_path / "file" / "report.html")
+
+
 def test_the_forget_sets_text_is_folded_up_or_left_out(page, written, demo, tmp_path):
     words = ["Where was Ada born?", "oldword", "newword", "alert(1)"]
     assert all(word in page.folded and word not in page.open for word in words)
