@@ -153,6 +153,8 @@ def test_bad_input_is_named_before_the_training(make_trainer, retain_log):
         TofuEvaluationCallback(trainer, sets, steps=0)
     with pytest.raises(ValueError, match="^the question set 'retain' is missing"):
         TofuEvaluationCallback(trainer, {"forget": sets["forget"]}, steps=1)
+    with pytest.raises(ValueError, match="^retain_log: 'nowhere.json' is no file; give a log of"):
+        TofuEvaluationCallback(trainer, sets, steps=1, retain_log="nowhere.json")
     with pytest.raises(ValueError, match="^retain_log has 3 truth ratios but the forget set has 2"):
         TofuEvaluationCallback(
             trainer, {**sets, "forget": sets["forget"].select([0, 2])}, steps=1, retain_log=retain_log

@@ -337,29 +337,41 @@ def test_what_cannot_be_published_is_refused_before_the_training(config, sentenc
         make_trainer({"push_to_hub": True, **config}, model=saved_llama, forget_dataset=secrets)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ([], "^folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`"),
-        (["nowhere", "me/adapter"], f"^folder: 'nowhere' has no {RECEIPT_NAME}; give the folder that"),
-        (["ADAPTER", "adapter", *PUBLISH], "^repo_id: 'adapter' names no owner; give it as OWNER/NAME"),
-        (["ADAPTER", "me/adapter", "--forgotten", SAID], "^base_model: '.*model' is no Hub id, and others"),
-        (["ADAPTER", "me/adapter", "--base_model", "me/base"], "^forgotten: nothing is said; say in your own"),
-        (["ADAPTER", "me/adapter", *PUBLISH, "--log", "nowhere.json"], "nowhere.json"),
-        (
-            ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
-            + ["--forget_dataset", "FORGET"],
-            "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
-        ),
-    ],
-)
-def test_bad_input_is_named(words, sentence, adapter, secrets, tmp_path):
+BAD_INPUT = [
+    ([], "^folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`"),
+    (["nowhere", "me/adapter"], f"^folder: 'nowhere' has no {RECEIPT_NAME}; give the folder that"),
+    (["ADAPTER", "adapter", *PUBLISH], "^repo_id: 'adapter' names no owner; give it as OWNER/NAME"),
+    (["ADAPTER", "me/adapter", "--forgotten", SAID], "^base_model: '.*model' is no Hub id, and others"),
+    (["ADAPTER", "me/adapter", "--base_model", "me/base"], "^forgotten: nothing is said; say in your own"),
+    (["ADAPTER", "me/my adapter", *PUBLISH], "^repo_id: 'me/my adapter' is no Hub id; give it as OWNER/NAME, in"),
+    (["ADAPTER", "me/adapter", *PUBLISH, "--before_log", "no.json"], "^before_log: 'no.json' is no file; give a"),
+    (
+        ["ADAPTER", "me/adapter", *PUBLISH, "--config", "RECIPE"],
+        r"^datasets: 'me/a b' is text; .* such as \[me/a b\]",
+    ),
+    (
+        ["ADAPTER", "me/adapter", *PUBLISH, "--forget_dataset", "NUMBERS"],
+        "^forget_dataset row 0: question is 5; give text",
+    ),
+    (
+        ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
+        + ["--forget_dataset", "FORGET"],
+        "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
+    ),
+]
+
+
+def test_bad_input_is_named(adapter, secrets, tmp_path):
     from rfa_llm.cli import publish as publish_cli
 
     secrets.to_json(tmp_path / "forget.jsonl")
+    (tmp_path / "numbers.jsonl").write_text('{"question": 5, "answer": "w1"}\n')
+    (tmp_path / "recipe.yaml").write_text("datasets: me/a b\n")
     names = {"ADAPTER": str(adapter), "FORGET": str(tmp_path / "forget.jsonl")}
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        publish_cli.main([names.get(word, word) for word in words])
+    names |= {"NUMBERS": str(tmp_path / "numbers.jsonl"), "RECIPE": str(tmp_path / "recipe.yaml")}
+    for words, sentence in BAD_INPUT:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            publish_cli.main([names.get(word, word) for word in words])
 
 
 def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):

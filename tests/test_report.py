@@ -407,7 +407,9 @@ def test_a_forget_quality_that_is_right_is_taken_and_none_is_measured(demo, tmp_
         ([], "^runs: none is given; give the folders as"),
         (["nowhere"], f"^runs: 'nowhere' holds no {RECEIPT_NAME}"),
         (["RUN", "--log", "a.json", "b.json"], "^log: 2 given for 1 runs; give one a run"),
-        (["RUN", "--log", "nowhere.json"], "nowhere.json"),
+        (["RUN", "--log", "nowhere.json"], "^log: 'nowhere.json' is no file; give a log of"),
+        (["RUN", "--retain_log", "RUN"], "^retain_log: 'RUN' is no file; give a log of"),
+        (["--config", "OTHER/recipe.yaml"], r"^runs: 'RUN' is text; give a list, such as \[RUN\]"),
         (
             ["RUN", "--output_file", "report.pdf"],
             "^output_file: 'report.pdf' is no name of an HTML file; give one that",
@@ -422,9 +424,9 @@ def test_bad_input_is_named_and_nothing_is_written(words, sentence, tmp_path, mo
     write_folder(tmp_path / "RUN")
     receipt = write_folder(tmp_path / "CHANGED") / RECEIPT_NAME
     receipt.write_text(receipt.read_text().replace("local", "mean"))
-    write_folder(tmp_path / "OTHER", steps=7)
+    (write_folder(tmp_path / "OTHER", steps=7) / "recipe.yaml").write_text("runs: RUN\n")
     (write_folder(tmp_path / "BROKEN") / "trainer_state.json").write_text("[")
-    with pytest.raises((ValueError, OSError), match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         report_cli.main(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["BROKEN", "CHANGED", "OTHER", "RUN"]
 

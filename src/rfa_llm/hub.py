@@ -129,14 +129,13 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
     contents = {name: _header(file) if isinstance(file, Path) else file for name, file in files.items()}
     # Case and line breaks do not make another text of it.
     contents = {name: _flat(content.decode("utf-8", errors="ignore")) for name, content in contents.items()}
-    for number, row in enumerate(rows):
-        for text in texts(row):
-            for name, content in contents.items():
-                if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
-                    raise ValueError(
-                        f"forgotten: text of row {number} of the forget set is in {name}, which everybody could read; "
-                        "say it in other words."
-                    )
+    for number, text in _texts(rows):
+        for name, content in contents.items():
+            if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
+                raise ValueError(
+                    f"forgotten: text of row {number} of the forget set is in {name}, which everybody could read; "
+                    "say it in other words."
+                )
 
 
 def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
@@ -162,19 +161,30 @@ def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
             the text.
     """
     own = {name: _WORD.findall(_plain(text)) for name, text in said.items()}
+    for number, text in _texts(rows):
+        text = _plain(text)
+        for name, words in own.items():
+            if _shares_a_name(words, text):
+                raise ValueError(
+                    f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
+                    "everybody could read it; say it in other words."
+                )
+            if run := _shared_run(" ".join(words), " ".join(_WORD.findall(text))):
+                raise ValueError(
+                    f"{name}: it has {run!r} in common with row {number} of the forget set, and everybody could "
+                    "read it; say it in other words."
+                )
+
+
+def _texts(rows: Iterable[dict]) -> Iterator[tuple[int, str]]:
+    """Each text of the forget set, with the number of its row."""
     for number, row in enumerate(rows):
-        for text in map(_plain, texts(row)):
-            for name, words in own.items():
-                if _shares_a_name(words, text):
-                    raise ValueError(
-                        f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
-                        "everybody could read it; say it in other words."
-                    )
-                if run := _shared_run(" ".join(words), " ".join(_WORD.findall(text))):
-                    raise ValueError(
-                        f"{name}: it has {run!r} in common with row {number} of the forget set, and everybody could "
-                        "read it; say it in other words."
-                    )
+        try:
+            of_row = texts(row)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"forget_dataset row {number}: {error}") from error
+        for text in of_row:
+            yield number, text
 
 
 def _shared_run(own: str, text: str) -> str | None:
@@ -277,6 +287,12 @@ def publish(
     forget_rows = list(forget_rows)
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"repo_id: {repo_id!r} is no Hub id; give it as OWNER/NAME, in letters, digits, '-', '_' and '.'."
+        ) from error
     files = files_to_publish(folder, repo_id, words)
     check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
     evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]

@@ -179,7 +179,7 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
                 )
     if retain_log is None:
         return None
-    retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log)
+    retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
     count = len(read_retain_truth_ratios(retain_log))
     if count != len(sets["forget"]):
         raise ValueError(

@@ -53,8 +53,8 @@ def read_run(
             saw the forget set; they take the place of a demo's.
 
     Raises:
-        ValueError: the folder is of no run, or files do not belong together; one sentence says which.
-        FileNotFoundError: there is no such log.
+        ValueError: the folder is of no run, there is no such log, or files do not belong together; one sentence says
+            which.
     """
     folder = Path(folder)
     is_demo = not (folder / RECEIPT_NAME).is_file()
@@ -78,7 +78,7 @@ def read_run(
             paths[name] = Path(given[name])
         elif is_demo and own.is_file():
             paths[name] = own
-    logs = {name: read_log(path) for name, path in paths.items()}
+    logs = {name: read_log(path, LOGS[name]) for name, path in paths.items()}
     truth_ratios = {name: forget_truth_ratios(log, str(paths[name])) for name, log in logs.items()}
     _check(paths, logs, truth_ratios)
     name = folder.absolute().name
