@@ -92,9 +92,10 @@ class TofuEvaluationCallback(TrainerCallback):
         if state.global_step % self._steps == 0 or state.global_step >= state.max_steps:
             self._evaluate(state, control, model, processing_class)
 
-    def on_epoch_end(self, args, state, control, model, processing_class, **kwargs):
-        # Another callback ended the training. `on_train_end` would be too late: the trackers are closed by then.
-        if control.should_training_stop:
+    def on_log(self, args, state, control, logs, model, processing_class, **kwargs):
+        # The summary at the end, where another callback ended the training, at whatever event. `on_train_end` would be
+        # too late: the trackers are closed by then.
+        if "train_runtime" in logs:
             self._evaluate(state, control, model, processing_class)
 
 
