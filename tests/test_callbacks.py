@@ -226,6 +226,10 @@ def test_the_picture_shows_the_figures_of_the_log():
     # The branch residual is not measured on the retain set.
     (alone,) = draw_residuals(history[-1:]).axes
     assert alone.get_title() == "forget set"
+    with pytest.raises(
+        ValueError, match="^history: none of its 1 entries has residuals; .* with logging_steps at most"
+    ):
+        draw_residuals([{"step": 2, "tofu/model_utility": 0.5}])
 
 
 @pytest.mark.slow

@@ -149,6 +149,9 @@ def draw_residuals(history: Sequence[dict]) -> Figure:
 
     Returns:
         A figure with one panel a set; without the retain set's where `residual="branch"` does not measure it.
+
+    Raises:
+        ValueError: The history holds no residuals.
     """
     from matplotlib.figure import Figure
 
@@ -160,6 +163,11 @@ def draw_residuals(history: Sequence[dict]) -> Figure:
                 steps, values = curves.setdefault(kind, {}).setdefault(block, ([], []))
                 steps.append(log["step"])
                 values.append(value)
+    if not curves:
+        raise ValueError(
+            f"history: none of its {len(history)} entries has residuals; train with RFATrainer, with logging_steps at "
+            "most the number of steps."
+        )
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
