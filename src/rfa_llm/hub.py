@@ -295,10 +295,10 @@ def publish(
         ) from error
     files = files_to_publish(folder, repo_id, words)
     check_private({**files, "the commit message": commit_message.encode()}, forget_rows)
-    evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
-    said = {"forgotten": words.forgotten, "repo_id": repo_id, "base_model": words.base_model}
-    said |= {"datasets": " ".join(words.datasets), "evaluations": " ".join(evaluations)}
+    said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
     said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
+    evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
+    said |= {"base_model": words.base_model, "evaluations": " ".join(evaluations)}
     check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
