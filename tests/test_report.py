@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
-from rfa_llm.receipt import RECEIPT_NAME, with_card
+from rfa_llm.receipt import RECEIPT_NAME, as_text, with_card
 from rfa_llm.report import read_run, write_report
 from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
@@ -235,7 +235,7 @@ def test_rows_with_markup_stay_text(page, tmp_path):
 def test_a_name_is_neither_a_formula_nor_an_image(demo, tmp_path):
     receipt = json.loads((demo / "adapter" / RECEIPT_NAME).read_text())
     receipt["base_model"]["name"] = "![x](http://example.org/_x_.png)"
-    (demo / "adapter" / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, "a card")))
+    (demo / "adapter" / RECEIPT_NAME).write_text(as_text(with_card(receipt, "a card")))
     page = reported(tmp_path, demo.rename(tmp_path / r"a$\frac$b"))
     assert page.tables["request"][2] == ["base model", "![x](http://example.org/_x_.png)"]
     assert page.tags.count("img") == 4 and page.tables["model"][3][0] == r"a$\frac$b"
@@ -424,8 +424,9 @@ def test_bad_input_is_named_and_nothing_is_written(words, sentence, tmp_path, mo
     write_folder(tmp_path / "RUN")
     receipt = write_folder(tmp_path / "CHANGED") / RECEIPT_NAME
     receipt.write_text(receipt.read_text().replace("local", "mean"))
-    (write_folder(tmp_path / "OTHER", steps=7) / "recipe.yaml").write_text("runs: RUN\n")
+    write_folder(tmp_path / "OTHER", steps=7)
     (write_folder(tmp_path / "BROKEN") / "trainer_state.json").write_text("[")
+    (tmp_path / "OTHER" / "recipe.yaml").write_text("runs: RUN\n")
     with pytest.raises(ValueError, match=sentence):
         report_cli.main(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["BROKEN", "CHANGED", "OTHER", "RUN"]
