@@ -23,7 +23,7 @@ from rfa_llm.cli.demo import make_tokenizer
 from rfa_llm.cli.main import leading_words
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, hub_sentences, publish
+from rfa_llm.hub import base_on_hub, check_private, check_said, check_words, files_to_publish, hub_sentences, publish
 from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, as_text, read_adapter_config, read_receipt, sealed
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME}
@@ -494,6 +494,11 @@ def test_names_are_refused_wherever_the_publisher_may_say_them(adapter):
             publish(adapter, words=Words(forgotten=SAID, **words), forget_rows=[NAMED], **given)
 
 
+def test_datasets_as_text_are_refused():
+    with pytest.raises(TypeError, match=r"^datasets: 'me/ada' is text; give a list, such as \['me/ada'\]"):
+        check_words(Words(forgotten=SAID, base_model="me/base", datasets="me/ada"))
+
+
 def test_a_name_in_a_setting_is_refused_and_numbers_of_blocks_are_not(adapter):
     receipt = read_receipt(adapter)
     receipt["settings"] |= {"teacher": "ada-vilnor-sehl-lm", "blocks": "10, 11, 12"}
@@ -559,9 +564,12 @@ def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
 
 def test_numbers_of_other_libraries_are_published_as_plain_ones(adapter):
     figures = {"forget_prob": np.float32(0.125), "model_utility": torch.tensor(0.5)}
-    files = files_to_publish(adapter, "me/adapter", Words(SAID, "me/base", evaluations={"after": figures}))
+    words = Words(SAID, "me/base", datasets=("me/authors",), evaluations={"after": figures})
+    files = files_to_publish(adapter, "me/adapter", words)
     published = json.loads(files[RECEIPT_NAME])["metrics"]["evaluation"]["after"]
-    (index,) = yaml.safe_load(files["README.md"].decode().split("---")[1])["model-index"]
+    data = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    (index,) = data["model-index"]
+    assert data["datasets"] == ["me/authors"]
     shown = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
     assert published == shown == {"forget_prob": 0.125, "model_utility": 0.5}
     with pytest.raises(ValueError, match="^evaluations: forget_quality is None; give a number, or leave it out"):

@@ -64,7 +64,11 @@ def check_words(words: Words) -> None:
 
     Raises:
         ValueError: What was forgotten is not said.
+        TypeError: The datasets are text.
     """
+    if isinstance(words.datasets, str):
+        # It would be searched letter by letter.
+        raise TypeError(f"datasets: {words.datasets!r} is text; give a list, such as [{words.datasets!r}].")
     if not (words.forgotten or "").strip():
         raise ValueError(
             "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
@@ -163,13 +167,14 @@ def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
     own = {name: _WORD.findall(_plain(text)) for name, text in said.items()}
     for number, text in _texts(rows):
         text = _plain(text)
+        joined = " ".join(_WORD.findall(text)).casefold()
         for name, words in own.items():
             if _shares_a_name(words, text):
                 raise ValueError(
                     f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
                     "everybody could read it; say it in other words."
                 )
-            if run := _shared_run(" ".join(words), " ".join(_WORD.findall(text))):
+            if run := _shared_run(" ".join(words).casefold(), joined):
                 raise ValueError(
                     f"{name}: it has {run!r} in common with row {number} of the forget set, and everybody could "
                     "read it; say it in other words."
@@ -189,7 +194,6 @@ def _texts(rows: Iterable[dict]) -> Iterator[tuple[int, str]]:
 
 def _shared_run(own: str, text: str) -> str | None:
     """The first run that `check_said` refuses for its length alone, of words with one space between them."""
-    own, text = own.casefold(), text.casefold()
     for start in range(len(own) - SHORTEST_PRIVATE + 1):
         end = start + SHORTEST_PRIVATE
         while end <= len(own) and own[start:end] in text:

@@ -487,7 +487,7 @@ class UnlearningTrainer(Trainer):
             PermissionError: The Hub refuses the token.
             ConnectionError: The connection was lost; the repository is as it was.
         """
-        more = {"datasets": list(datasets), "license": license, "evaluations": evaluations or {}}
+        more = {"datasets": datasets, "license": license, "evaluations": evaluations or {}}
         words = self._words(self.args, self._base_name(), forgotten, base_model, **more)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
