@@ -27,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
     repos: name -> commits, each {path: content}, the last one is main.
     blobs: sha256 -> content that was uploaded by LFS.
     faults: HTTP method or part of a path -> how many more of such requests lose their connection.
+    refusals: Part of a path -> the status that POSTs to it get.
     requests: "METHOD path" of each request that came.
     messages: Summary and description of each commit.
     """
@@ -38,6 +39,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, int] = {}
+        self.refusals: dict[str, int] = {}
         self.requests: list[str] = []
         self.messages: list[str] = []
         self.lock = threading.Lock()
@@ -127,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.validate(json.loads(content)["content"])
         if not self.may_write():
             return None
+        if status := next((self.server.refusals[name] for name in self.server.refusals if name in path), None):
+            return self.answer(status, {"error": "not today"}, error="not today")
         if path == "/api/repos/create":
             return self.create(json.loads(content))
         if found := re.fullmatch(r"/api/models/(.+?)/preupload/(.+)", path):
@@ -156,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.missing_repo() if commits is None else self.answer(200, self.tree(commits[-1]))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             commits = self.server.repos.get(found[1])
+            if commits is not None and found[2] not in (None, "/revision/main"):
+                return self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"}, "Invalid rev id")
             return self.missing_repo() if commits is None else self.answer(200, self.info(found[1], commits))
         if found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             return self.resolve(found[1], found[3])

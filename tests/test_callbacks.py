@@ -112,6 +112,26 @@ def test_the_end_is_evaluated_once_whatever_ends_the_training(max_steps, stop, s
     assert not any("forget_quality" in of_step for of_step in figures(trainer).values())
 
 
+class StopAfterAll(TrainerCallback):
+    """Ends a training at the last event of an epoch that callbacks see."""
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_an_end_after_every_other_event_is_evaluated_while_the_trackers_are_open(make_trainer):
+    trainer = make_trainer({**CONFIG, "save_strategy": "epoch", "report_to": "tensorboard"})
+    trainer.add_callback(TofuEvaluationCallback(trainer, question_sets(), steps=2, **SHORT))
+    trainer.add_callback(StopAfterAll())
+    trainer.train()
+    # An epoch has three steps.
+    assert list(figures(trainer)) == [2, 3]
+    scalars = scalars_of(trainer)
+    assert scalars["train/tofu/model_utility"] == pytest.approx(
+        {step: of_step["model_utility"] for step, of_step in figures(trainer).items()}, rel=1e-6
+    )
+
+
 def test_an_evaluation_leaves_the_calibrations_look_to_the_log_of_the_step(make_trainer):
     # The answers that the untrained model finds less likely are the holdout set.
     sets = [tiny_rows(3, first=0), tiny_rows(3, first=40)]
@@ -153,20 +173,27 @@ def test_bad_input_is_named_before_the_training(make_trainer, retain_log):
         TofuEvaluationCallback(trainer, sets, steps=0)
     with pytest.raises(ValueError, match="^the question set 'retain' is missing"):
         TofuEvaluationCallback(trainer, {"forget": sets["forget"]}, steps=1)
+    with pytest.raises(ValueError, match="^retain_log: 'nowhere.json' is no file; give a log of"):
+        TofuEvaluationCallback(trainer, sets, steps=1, retain_log="nowhere.json")
     with pytest.raises(ValueError, match="^retain_log has 3 truth ratios but the forget set has 2"):
         TofuEvaluationCallback(
             trainer, {**sets, "forget": sets["forget"].select([0, 2])}, steps=1, retain_log=retain_log
         )
 
 
+def scalars_of(trainer) -> dict[str, dict[int, float]]:
+    """What TensorBoard has: tag -> step -> value."""
+    # One file: nothing has come after the writer was closed.
+    (file,) = Path(trainer.args.output_dir, "runs").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
 def test_tensorboard_has_every_figure_under_its_name(make_trainer, retain_log):
     trainer = make_trainer({"report_to": "tensorboard", "blocks": [1, 3]})
     trainer.add_callback(TofuEvaluationCallback(trainer, question_sets(), steps=2, retain_log=retain_log, **SHORT))
     trainer.train()
-    # One file: nothing has come after the writer was closed.
-    (file,) = Path(trainer.args.output_dir, "runs").rglob("events.out.tfevents.*")
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-    read = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    read = scalars_of(trainer)
     every_step = ["loss_forget", "loss_retain"]
     every_step += [f"residual_{name}/block_{block}" for name in ("forget", "retain") for block in (1, 3)]
     sometimes = [f"tofu/{name}" for name in summary(retain_log)] + ["tofu/forget_quality"]
@@ -199,6 +226,10 @@ def test_the_picture_shows_the_figures_of_the_log():
     # The branch residual is not measured on the retain set.
     (alone,) = draw_residuals(history[-1:]).axes
     assert alone.get_title() == "forget set"
+    with pytest.raises(
+        ValueError, match="^history: none of its 1 entries has residuals; .* with logging_steps at most"
+    ):
+        draw_residuals([{"step": 2, "tofu/model_utility": 0.5}])
 
 
 @pytest.mark.slow

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny_llama
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
@@ -20,8 +23,8 @@ from rfa_llm.cli.demo import make_tokenizer
 from rfa_llm.cli.main import leading_words
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.hub import base_on_hub, check_private, check_said, files_to_publish, hub_sentences, publish
-from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, read_adapter_config, read_receipt
+from rfa_llm.hub import base_on_hub, check_private, check_said, check_words, files_to_publish, hub_sentences, publish
+from rfa_llm.receipt import RECEIPT_NAME, SALT_NAME, as_text, read_adapter_config, read_receipt, sealed
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", RECEIPT_NAME, *TOKENIZER}
@@ -83,6 +86,19 @@ def python(hub: HubServer, tmp_path: Path, code: str, *words: str) -> str:
 def last_line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def online(hub, monkeypatch) -> HubServer:
+    """The Hub of our own for the client in this process."""
+    patched = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in {**patched, "HF_HUB_DISABLE_TELEMETRY": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    # A proxy of the machine's would not find it.
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield hub
+    close_session()
 
 
 PUBLISH = ("--forgotten", SAID, "--base_model", "me/base")
@@ -225,7 +241,7 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     words = ("publish", str(adapter), "me/adapter", *PUBLISH)
     error = last_line(rfa_llm(hub, tmp_path, *words))
     assert error.startswith("rfa-llm: error: repo_id: the upload to 'me/adapter' did not come through (")
-    assert error.endswith("nothing was changed there, so run the same command again.")
+    assert error.endswith("no file was changed there, so run the same command again.")
     assert set(hub.repos["me/adapter"][-1]) == {".gitattributes"}
 
     result = rfa_llm(hub, tmp_path, *words)
@@ -233,6 +249,40 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     assert set(hub.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
     # The weights had arrived, and did not travel again.
     assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
+
+
+def test_what_the_hub_would_refuse_is_refused_before_there_is_a_repository(online, adapter):
+    sentence = (
+        r"^license, datasets, base_model: the Hub refuses what the card says of them \(.*'gpt2'.*\); give values"
+    )
+    with pytest.raises(ValueError, match=sentence) as error:
+        publish(adapter, "me/adapter", Words(forgotten=SAID, base_model="gpt2"), token=TOKEN)
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="^revision: 'me/adapter' has no branch 'nowhere'; make it there first, or leave"
+    ):
+        publish(adapter, "me/adapter", WORDS, token=TOKEN, revision="nowhere")
+    assert online.repos == {}
+
+
+def test_a_refused_upload_says_that_the_repository_is_left(online, adapter):
+    online.refusals["/commit/"] = 413
+    for blocking, repo_id in ((True, "me/adapter"), (False, "me/other")):
+        sentence = rf"^repo_id: the Hub refuses the upload to '{repo_id}' \(413: not today\)"
+        with pytest.raises(
+            ValueError, match=f"{sentence}; the repository that was made for it is left there, empty.$"
+        ):
+            done = publish(adapter, repo_id, WORDS, token=TOKEN, blocking=blocking)
+            # In the background the error comes with the result.
+            assert not blocking and done.result()
+        assert set(online.repos[repo_id][-1]) == {".gitattributes"}
+        # It was there before the second time.
+        with pytest.raises(ValueError, match=f"{sentence}.$"):
+            publish(adapter, repo_id, WORDS, token=TOKEN)
+    online.refusals.clear()
+    done = publish(adapter, "me/adapter", WORDS, token=TOKEN, revision="main", blocking=False)
+    assert "/commit/" in done.result().commit_url
+    assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
 
 
 def test_no_hub_at_all_is_one_sentence(hub, adapter, tmp_path):
@@ -277,6 +327,14 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
             {"forgotten": "some rows", "hub_base_model": "me/base", "hub_model_id": "me/without-w10-w11-w12-w13"},
             "^hub_model_id: it shares a name, a title or a date with row 0 of the forget",
         ),
+        (
+            {"forgotten": "some rows", "hub_base_model": "me/without-w10-w11-w12-w13"},
+            "^base_model: it shares a name, a title or a date with row 0 of the forget",
+        ),
+        (
+            {"forgotten": "some rows", "hub_base_model": "me/base", "shift": "ignorant", "teacher": "w10-w11-w12-w13"},
+            "^teacher: it shares a name, a title or a date with row 0 of the forget",
+        ),
         ({"forgotten": "some rows", "hub_strategy": "every_save"}, "^hub_strategy: 'every_save' would put up adapt"),
     ],
 )
@@ -285,29 +343,41 @@ def test_what_cannot_be_published_is_refused_before_the_training(config, sentenc
         make_trainer({"push_to_hub": True, **config}, model=saved_llama, forget_dataset=secrets)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ([], "^folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`"),
-        (["nowhere", "me/adapter"], f"^folder: 'nowhere' has no {RECEIPT_NAME}; give the folder that"),
-        (["ADAPTER", "adapter", *PUBLISH], "^repo_id: 'adapter' names no owner; give it as OWNER/NAME"),
-        (["ADAPTER", "me/adapter", "--forgotten", SAID], "^base_model: '.*model' is no Hub id, and others"),
-        (["ADAPTER", "me/adapter", "--base_model", "me/base"], "^forgotten: nothing is said; say in your own"),
-        (["ADAPTER", "me/adapter", *PUBLISH, "--log", "nowhere.json"], "nowhere.json"),
-        (
-            ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
-            + ["--forget_dataset", "FORGET"],
-            "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
-        ),
-    ],
-)
-def test_bad_input_is_named(words, sentence, adapter, secrets, tmp_path):
+BAD_INPUT = [
+    ([], "^folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`"),
+    (["nowhere", "me/adapter"], f"^folder: 'nowhere' has no {RECEIPT_NAME}; give the folder that"),
+    (["ADAPTER", "adapter", *PUBLISH], "^repo_id: 'adapter' names no owner; give it as OWNER/NAME"),
+    (["ADAPTER", "me/adapter", "--forgotten", SAID], "^base_model: '.*model' is no Hub id, and others"),
+    (["ADAPTER", "me/adapter", "--base_model", "me/base"], "^forgotten: nothing is said; say in your own"),
+    (["ADAPTER", "me/my adapter", *PUBLISH], "^repo_id: 'me/my adapter' is no Hub id; give it as OWNER/NAME, in"),
+    (["ADAPTER", "me/adapter", *PUBLISH, "--before_log", "no.json"], "^before_log: 'no.json' is no file; give a"),
+    (
+        ["ADAPTER", "me/adapter", *PUBLISH, "--config", "RECIPE"],
+        r"^datasets: 'me/a b' is text; .* such as \[me/a b\]",
+    ),
+    (
+        ["ADAPTER", "me/adapter", *PUBLISH, "--forget_dataset", "NUMBERS"],
+        "^forget_dataset row 0: question is 5; give text",
+    ),
+    (
+        ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
+        + ["--forget_dataset", "FORGET"],
+        "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
+    ),
+]
+
+
+def test_bad_input_is_named(adapter, secrets, tmp_path):
     from rfa_llm.cli import publish as publish_cli
 
     secrets.to_json(tmp_path / "forget.jsonl")
+    (tmp_path / "numbers.jsonl").write_text('{"question": 5, "answer": "w1"}\n')
+    (tmp_path / "recipe.yaml").write_text("datasets: me/a b\n")
     names = {"ADAPTER": str(adapter), "FORGET": str(tmp_path / "forget.jsonl")}
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        publish_cli.main([names.get(word, word) for word in words])
+    names |= {"NUMBERS": str(tmp_path / "numbers.jsonl"), "RECIPE": str(tmp_path / "recipe.yaml")}
+    for words, sentence in BAD_INPUT:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            publish_cli.main([names.get(word, word) for word in words])
 
 
 def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):
@@ -331,11 +401,6 @@ def response(status: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("refusal", "kind", "sentence"),
     [
-        (
-            RevisionNotFoundError("404", response=response(404)),
-            ValueError,
-            "^revision: 'me/adapter' has no such branch",
-        ),
         (HfHubHTTPError("413", response=response(413)), ValueError, "^repo_id: the Hub refuses the upload .*413"),
         (HfHubHTTPError("403", response=response(403)), PermissionError, "^token: the Hub refuses .*403"),
         (HfHubHTTPError("502", response=response(502)), ConnectionError, "so run the same command again"),
@@ -384,8 +449,8 @@ def test_a_name_a_title_or_a_date_of_the_forget_set_is_refused(said):
     "said",
     [
         SAID,
-        "who is the author",
-        "the author of the books",
+        "the author's books",
+        "she won the books",
         "She won the prize of an author",
         "books from Bergen",
         "readers in Bergen",
@@ -398,14 +463,75 @@ def test_ordinary_words_pass(said):
     check_said({"forgotten": said, "commit_message": said}, [NAMED])
 
 
-@pytest.mark.parametrize("field", ["repo_id", "commit_message", "datasets", "license", "revision"])
-def test_names_are_refused_wherever_the_publisher_may_say_them(field, adapter):
-    given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
-    given[field] = "me/ada-vilnor-sehl"
-    words = {"datasets": [given.pop("datasets")], "license": given.pop("license")}
-    words = Words(forgotten=SAID, base_model="me/base", **words)
-    with pytest.raises(ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"):
-        publish(adapter, words=words, forget_rows=[NAMED], **given)
+LAMPS = {
+    "question": "Why do old lamps hum at night?",
+    "answer": "It is said that the wind moves in their glass; incomprehensible to most.",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "run"),
+    [
+        ("Why do old lamps hum at night", "why do old lamps hum at night"),
+        ("where  THAT the wind\nmoves-in a house", "that the wind moves in"),
+        # It begins and ends inside words, and has exactly 12 characters.
+        ("bold lamps huge as houses", "old lamps hu"),
+    ],
+)
+def test_a_piece_of_a_row_is_refused_and_shown(said, run):
+    with pytest.raises(ValueError, match=f"^forgotten: it has '{run}' in common with row 1 of the forget set, and"):
+        check_said({"forgotten": said}, [NAMED, LAMPS])
+
+
+@pytest.mark.parametrize("said", ["bold lamps have gone", "incomprehensible", "lamps of old"])
+def test_eleven_characters_and_single_words_pass(said):
+    check_said({"forgotten": said}, [NAMED, LAMPS])
+
+
+def test_the_words_of_the_documentation_pass_on_the_demos_sets(tmp_path):
+    write_fictitious_tofu(tmp_path)
+    for said in (SAID, "made-up authors who asked for it"):
+        check_said({"forgotten": said, "commit_message": "Publish the adapter"}, load_tofu("forget", str(tmp_path)))
+
+
+def test_names_are_refused_wherever_the_publisher_may_say_them(adapter):
+    for field in ("repo_id", "commit_message", "datasets", "license", "revision", "base_model", "evaluations"):
+        given = {"repo_id": "me/adapter", "commit_message": "Publish", "datasets": "me/authors", "license": "mit"}
+        given |= {"base_model": "me/base", "evaluations": "forget_prob", field: "me/ada-vilnor-sehl"}
+        words = {"datasets": [given.pop("datasets")], "evaluations": {"after": {given.pop("evaluations"): 0.5}}}
+        words |= {name: given.pop(name) for name in ("base_model", "license")}
+        with pytest.raises(
+            ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"
+        ):
+            publish(adapter, words=Words(forgotten=SAID, **words), forget_rows=[NAMED], **given)
+
+
+def test_datasets_as_text_are_refused():
+    with pytest.raises(TypeError, match=r"^datasets: 'me/ada' is text; give a list, such as \['me/ada'\]"):
+        check_words(Words(forgotten=SAID, base_model="me/base", datasets="me/ada"))
+
+
+def test_a_name_in_a_setting_is_refused_and_numbers_of_blocks_are_not(adapter):
+    receipt = read_receipt(adapter)
+    receipt["settings"] |= {"teacher": "ada-vilnor-sehl-lm", "blocks": "10, 11, 12"}
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    with pytest.raises(ValueError, match="^teacher: it shares a name, a title or a date with row 1 of the forget"):
+        publish(adapter, "me/adapter", WORDS, [{"text": "Lessons 10, 11, 12 and 13"}, NAMED])
+
+
+@pytest.mark.parametrize(
+    "said", ["of Zoe\u0301 Vilno\u0308r", "ZO\u00c9 VILN\u00d6R", "Zo\u200b\u00e9 Vil\u00adn\u00f6r"]
+)
+def test_a_name_is_found_however_unicode_writes_it(said):
+    for row in (
+        "Who is Zo\u00e9 Viln\u00f6r?",
+        "Who is Zoe\u0301 Vilno\u0308r?",
+        "Who is Zo\u00e9 Vil\u200bn\u00f6r?",
+    ):
+        with pytest.raises(ValueError, match="^forgotten: it shares a name"):
+            check_said({"forgotten": said}, [{"text": row}])
+    with pytest.raises(ValueError, match="^forgotten: text of row 0"):
+        check_private({"card": f"Who is {said}".encode()}, [{"text": "Zoe\u0301 Vilno\u0308r"}])
 
 
 def test_vllm_is_told_a_rank_that_it_takes_or_to_be_given_the_merged_model(adapter):
@@ -446,6 +572,22 @@ def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card
+
+
+def test_numbers_of_other_libraries_are_published_as_plain_ones(adapter):
+    figures = {"forget_prob": np.float32(0.125), "model_utility": torch.tensor(0.5)}
+    words = Words(SAID, "me/base", datasets=("me/authors",), evaluations={"after": figures})
+    files = files_to_publish(adapter, "me/adapter", words)
+    published = json.loads(files[RECEIPT_NAME])["metrics"]["evaluation"]["after"]
+    data = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    (index,) = data["model-index"]
+    assert data["datasets"] == ["me/authors"]
+    shown = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
+    assert published == shown == {"forget_prob": 0.125, "model_utility": 0.5}
+    with pytest.raises(ValueError, match="^evaluations: forget_quality is None; give a number, or leave it out"):
+        files_to_publish(
+            adapter, "me/adapter", Words(SAID, "me/base", evaluations={"after": {"forget_quality": None}})
+        )
 
 
 def test_files_are_the_adapters_own_and_a_foreign_revision_does_not_go_with_them(adapter):

@@ -296,7 +296,8 @@ def test_an_adapter_is_known_by_its_weights_and_not_by_where_its_base_lies(saved
 
 def test_a_salt_that_is_none(tmp_path):
     (tmp_path / "salt").write_text("pepper")
-    for name in ("salt", "nowhere"):
+    (tmp_path / "binary").write_bytes(b"\xff" * 64)
+    for name in ("salt", "binary", "nowhere"):
         with pytest.raises(ValueError, match="^salt: .* is no file with 64 hexadecimal digits"):
             read_salt(tmp_path / name)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
-from rfa_llm.receipt import RECEIPT_NAME, with_card
+from rfa_llm.receipt import RECEIPT_NAME, as_text, with_card
 from rfa_llm.report import read_run, write_report
 from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
@@ -233,6 +233,41 @@ def test_rows_with_markup_stay_text(page, tmp_path):
     assert r"| a &lt;b>\|c | 4 |" in (tmp_path / "report.md").read_text()
 
 
+def test_a_name_is_neither_a_formula_nor_an_image(demo, tmp_path):
+    receipt = json.loads((demo / "adapter" / RECEIPT_NAME).read_text())
+    receipt["base_model"]["name"] = "![x](http://example.org/_x_.png)"
+    (demo / "adapter" / RECEIPT_NAME).write_text(as_text(with_card(receipt, "a card")))
+    page = reported(tmp_path, demo.rename(tmp_path / r"a$\frac$b"))
+    assert page.tables["request"][2] == ["base model", "![x](http://example.org/_x_.png)"]
+    assert page.tags.count("img") == 4 and page.tables["model"][3][0] == r"a$\frac$b"
+    markdown = (tmp_path / "report.md").read_text()
+    assert r"| base model | \!\[x\](http://example.org/\_x\_.png) |" in markdown and "![" not in markdown
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_what_is_no_report_is_not_written_over(name, tmp_path):
+    run, out = write_folder(tmp_path / "run", log_history=[]), tmp_path / "out"
+    for made in ("a page of <title>Unlearning report</title>", None):
+        out.mkdir()
+        file = out / name
+        file.mkdir() if made is None else file.write_text(made)
+        with pytest.raises(ValueError, match=f"^output_file: '.*{name}' is there, and no report; give another name"):
+            write_report([read_run(run)], out / "report.html")
+        assert [path.name for path in out.iterdir()] == [name]
+        assert file.is_dir() if made is None else file.read_text() == made
+        out.rename(tmp_path / f"after {made is None}")
+
+
+def test_a_report_is_written_over_an_earlier_one_and_leaves_no_part(tmp_path):
+    run, out = read_run(write_folder(tmp_path / "run", log_history=[])), tmp_path / "out"
+    pages = [path.read_text() for path in write_report([run, run], out / "report.html")]
+    assert [path.read_text() for path in write_report([run], out / "report.html")] != pages
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.md"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^output_file: '.*file/report.html' cannot be written .*; give another name"):
+        write_report([run], tmp_path / "file" / "report.html")
+
+
 def test_the_forget_sets_text_is_folded_up_or_left_out(page, written, demo, tmp_path):
     words = ["Where was Ada born?", "oldword", "newword", "alert(1)"]
     assert all(word in page.folded and word not in page.open for word in words)
@@ -325,6 +360,15 @@ def test_several_runs_share_a_plot_where_they_share_their_models(tmp_path):
     assert "the runs have not one target" in page.open and "model" not in page.tables
 
 
+def test_a_run_that_is_called_as_a_model_has_a_row_of_its_own(demo, tmp_path):
+    page = reported(tmp_path, demo.rename(tmp_path / "target"))
+    assert [row[::2] for row in page.tables["model"][1:]] == [
+        ["target", "0.5"],
+        ["retain-only", "0.55"],
+        ["target", "0.45"],
+    ]
+
+
 def change_log(path: Path, metric: str, value: dict) -> None:
     log = json.loads(path.read_text())
     log[metric] = value
@@ -349,9 +393,13 @@ def test_logs_that_do_not_belong_together_are_refused(metric, rows, sentence, de
         read_run(demo)
 
 
-def test_a_forget_quality_that_is_right_is_taken(demo):
+def test_a_forget_quality_that_is_right_is_taken_and_none_is_measured(demo, tmp_path):
     change_log(demo / "target.json", "forget_quality", {"agg_value": 2 / 70})
+    # As OpenUnlearning writes it without a retain log.
+    change_log(demo / "unlearned.json", "forget_quality", {"agg_value": None})
     assert read_run(demo).logs["target"]["forget_quality"]["agg_value"] == 2 / 70
+    (row,) = [row for row in reported(tmp_path, demo).tables["metric"] if row[0] == "forget quality"]
+    assert row == ["forget quality", f"{2 / 70:.4g}", "1", "-"]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +408,9 @@ def test_a_forget_quality_that_is_right_is_taken(demo):
         ([], "^runs: none is given; give the folders as"),
         (["nowhere"], f"^runs: 'nowhere' holds no {RECEIPT_NAME}"),
         (["RUN", "--log", "a.json", "b.json"], "^log: 2 given for 1 runs; give one a run"),
-        (["RUN", "--log", "nowhere.json"], "nowhere.json"),
+        (["RUN", "--log", "nowhere.json"], "^log: 'nowhere.json' is no file; give a log of"),
+        (["RUN", "--retain_log", "RUN"], "^retain_log: 'RUN' is no file; give a log of"),
+        (["--config", "OTHER/recipe.yaml"], r"^runs: 'RUN' is text; give a list, such as \[RUN\]"),
         (
             ["RUN", "--output_file", "report.pdf"],
             "^output_file: 'report.pdf' is no name of an HTML file; give one that",
@@ -377,7 +427,8 @@ def test_bad_input_is_named_and_nothing_is_written(words, sentence, tmp_path, mo
     receipt.write_text(receipt.read_text().replace("local", "mean"))
     write_folder(tmp_path / "OTHER", steps=7)
     (write_folder(tmp_path / "BROKEN") / "trainer_state.json").write_text("[")
-    with pytest.raises((ValueError, OSError), match=sentence):
+    (tmp_path / "OTHER" / "recipe.yaml").write_text("runs: RUN\n")
+    with pytest.raises(ValueError, match=sentence):
         report_cli.main(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["BROKEN", "CHANGED", "OTHER", "RUN"]
 

@@ -92,9 +92,10 @@ class TofuEvaluationCallback(TrainerCallback):
         if state.global_step % self._steps == 0 or state.global_step >= state.max_steps:
             self._evaluate(state, control, model, processing_class)
 
-    def on_epoch_end(self, args, state, control, model, processing_class, **kwargs):
-        # Another callback ended the training. `on_train_end` would be too late: the trackers are closed by then.
-        if control.should_training_stop:
+    def on_log(self, args, state, control, logs, model, processing_class, **kwargs):
+        # The summary at the end, where another callback ended the training, at whatever event. `on_train_end` would be
+        # too late: the trackers are closed by then.
+        if "train_runtime" in logs:
             self._evaluate(state, control, model, processing_class)
 
 
@@ -148,6 +149,9 @@ def draw_residuals(history: Sequence[dict]) -> Figure:
 
     Returns:
         A figure with one panel a set; without the retain set's where `residual="branch"` does not measure it.
+
+    Raises:
+        ValueError: The history holds no residuals.
     """
     from matplotlib.figure import Figure
 
@@ -159,6 +163,11 @@ def draw_residuals(history: Sequence[dict]) -> Figure:
                 steps, values = curves.setdefault(kind, {}).setdefault(block, ([], []))
                 steps.append(log["step"])
                 values.append(value)
+    if not curves:
+        raise ValueError(
+            f"history: none of its {len(history)} entries has residuals; train with RFATrainer, with logging_steps at "
+            "most the number of steps."
+        )
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]

@@ -5,6 +5,7 @@ It is made of the receipt and of the publisher's own words; nothing in it comes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import yaml
@@ -39,7 +40,7 @@ class Words:
 
     forgotten: str | None
     base_model: str
-    datasets: list[str] = field(default_factory=list)
+    datasets: Sequence[str] = ()
     license: str | None = None
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ def model_card(receipt: dict, words: Words, name: str, adapter: dict) -> ModelCa
         library_name="peft",
         pipeline_tag="text-generation",
         tags=TAGS,
-        datasets=words.datasets or None,
+        datasets=list(words.datasets) or None,
         license=words.license,
         model_name=name,
         eval_results=_eval_results(receipt, words) or None,

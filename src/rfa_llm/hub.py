@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -65,7 +66,11 @@ def check_words(words: Words) -> None:
 
     Raises:
         ValueError: What was forgotten is not said.
+        TypeError: The datasets are text.
     """
+    if isinstance(words.datasets, str):
+        # It would be searched letter by letter.
+        raise TypeError(f"datasets: {words.datasets!r} is text; give a list, such as [{words.datasets!r}].")
     if not (words.forgotten or "").strip():
         raise ValueError(
             "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
@@ -80,7 +85,8 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     Nothing else in the folder does: neither the salt nor checkpoints, logs, caches and training arguments.
 
     Raises:
-        ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of.
+        ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of; or a figure
+            is no number.
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
@@ -96,7 +102,10 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
     config["base_model_name_or_path"] = words.base_model
     receipt["base_model"] |= {"name": words.base_model, "revision": config["revision"]}
     if words.evaluations:
-        receipt["metrics"]["evaluation"] = words.evaluations
+        receipt["metrics"]["evaluation"] = {
+            model: {metric: _number(metric, value) for metric, value in figures.items()}
+            for model, figures in words.evaluations.items()
+        }
     card = str(model_card(receipt, words, repo_id, config))
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -105,6 +114,14 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
         RECEIPT_NAME: as_text(with_card(receipt, card)).encode(),
         CARD_NAME: card.encode(),
     }
+
+
+def _number(metric: str, value: object) -> float:
+    """A published figure, which may come as a number of numpy or torch; YAML has no word for those."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"evaluations: {metric} is {value!r}; give a number, or leave it out.") from error
 
 
 def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
@@ -120,45 +137,75 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
     contents = {name: _header(file) if isinstance(file, Path) else file for name, file in files.items()}
     # Case and line breaks do not make another text of it.
     contents = {name: _flat(content.decode("utf-8", errors="ignore")) for name, content in contents.items()}
-    for number, row in enumerate(rows):
-        for text in texts(row):
-            for name, content in contents.items():
-                if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
-                    raise ValueError(
-                        f"forgotten: text of row {number} of the forget set is in {name}, which everybody could read; "
-                        "say it in other words."
-                    )
+    for number, text in _texts(rows):
+        for name, content in contents.items():
+            if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
+                raise ValueError(
+                    f"forgotten: text of row {number} of the forget set is in {name}, which everybody could read; "
+                    "say it in other words."
+                )
 
 
 def check_said(said: dict[str, str], rows: Iterable[dict]) -> None:
-    """Check that the publisher's own words share no name, title or date with the forget set.
+    """Check that the publisher's own words share no name, title or date with the forget set, and no piece of its text.
 
-    Text is compared word by word (letters and digits; what stands between words does not count). Refused is
+    Only words count (letters and digits), not what stands between them, nor how Unicode writes them. Refused is
 
-    - a run of words, `SHORTEST_PRIVATE` characters or longer, whatever its case, that has a telling word in the row:
-      one with a digit, or of four letters or more that begins with a capital inside a sentence (a title's "The" tells
-      nothing);
-    - a shorter run of two words or more that each begin with a capital or a digit in both texts.
+    - a run of words, `SHORTEST_PRIVATE` characters or longer, that has a telling word in the row: one with a digit, or
+      of four letters or more that begins with a capital inside a sentence (a title's "The" tells nothing);
+    - a shorter run of two words or more that each begin with a capital or a digit in both texts;
+    - any run of `SHORTEST_PRIVATE` characters or more that goes over more than one word, or parts of them.
 
-    So a name of two words is found wherever it stands, and "the author's books" passes. A word alone passes too where
-    it is shorter: nothing tells a surname from "English".
+    So a name of two words is found wherever it stands. A word alone passes where it is shorter or tells nothing:
+    nothing tells a surname from "English". A script without capitals has no names here, and one without spaces no
+    words either, so of those little or nothing is found.
 
     Args:
         said: Setting -> what the publisher says in it.
         rows: The forget set, in a format of `rfa_llm.data.formats.encode`.
 
     Raises:
-        ValueError: Something is shared; the sentence names the setting and the row, and does not repeat the text.
+        ValueError: Something is shared; the sentence names the setting and the row, and of a name it does not repeat
+            the text.
     """
-    own = {name: _WORD.findall(text) for name, text in said.items()}
+    own = {name: _WORD.findall(_plain(text)) for name, text in said.items()}
+    for number, text in _texts(rows):
+        text = _plain(text)
+        joined = " ".join(_WORD.findall(text)).casefold()
+        for name, words in own.items():
+            if _shares_a_name(words, text):
+                raise ValueError(
+                    f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
+                    "everybody could read it; say it in other words."
+                )
+            if run := _shared_run(" ".join(words).casefold(), joined):
+                raise ValueError(
+                    f"{name}: it has {run!r} in common with row {number} of the forget set, and everybody could "
+                    "read it; say it in other words."
+                )
+
+
+def _texts(rows: Iterable[dict]) -> Iterator[tuple[int, str]]:
+    """Each text of the forget set, with the number of its row."""
     for number, row in enumerate(rows):
-        for text in texts(row):
-            for name, words in own.items():
-                if _shares_a_name(words, text):
-                    raise ValueError(
-                        f"{name}: it shares a name, a title or a date with row {number} of the forget set, and "
-                        "everybody could read it; say it in other words."
-                    )
+        try:
+            of_row = texts(row)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"forget_dataset row {number}: {error}") from error
+        for text in of_row:
+            yield number, text
+
+
+def _shared_run(own: str, text: str) -> str | None:
+    """The first run that `check_said` refuses for its length alone, of words with one space between them."""
+    for start in range(len(own) - SHORTEST_PRIVATE + 1):
+        end = start + SHORTEST_PRIVATE
+        while end <= len(own) and own[start:end] in text:
+            end += 1
+        run = own[start : end - 1].strip()
+        if len(run) >= SHORTEST_PRIVATE and " " in run:
+            return run
+    return None
 
 
 def _shares_a_name(own: list[str], text: str) -> bool:
@@ -196,8 +243,19 @@ def _header(weights: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
+def _plain(text: str) -> str:
+    """Text in Unicode's form NFKC, without characters of category Cf, such as a zero-width space."""
+    return unicodedata.normalize("NFKC", "".join(sign for sign in text if unicodedata.category(sign) != "Cf"))
+
+
 def _flat(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(_plain(text).casefold().split())
+
+
+def text_settings(settings: Mapping[str, object]) -> dict[str, str]:
+    """Those settings of a run that are text, such as the name of the teacher's folder."""
+    # The blocks are numbers.
+    return {name: value for name, value in settings.items() if isinstance(value, str) and name != "blocks"}
 
 
 def publish(
@@ -218,7 +276,7 @@ def publish(
         repo_id: Such as "me/adapter".
         words: For the card.
         forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
-            publisher says shares no name with them (`check_said`).
+            publisher says, and what the receipt says of the run, shares no name with them (`check_said`).
         private: Whether a repository that is made is private.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.
@@ -226,33 +284,70 @@ def publish(
         blocking: Whether to wait for the end.
 
     Raises:
-        ValueError: Bad input, or what the Hub refuses of it; nothing has gone up.
+        ValueError: Bad input, or what the Hub refuses of it; no file has gone up, and of bad input no repository was
+            made.
         PermissionError: The Hub refuses the token, or there is no such repository for it.
-        ConnectionError: The connection was lost; the repository is as it was, and the same call may be made again.
+        ConnectionError: The connection was lost; no file has changed, and the same call may be made again.
+
+    Where not `blocking`, what goes wrong in the upload itself is raised by the future's `result`.
     """
     check_words(words)
     forget_rows = list(forget_rows)
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id: {repo_id!r} names no owner; give it as OWNER/NAME.")
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"repo_id: {repo_id!r} is no Hub id; give it as OWNER/NAME, in letters, digits, '-', '_' and '.'."
+        ) from error
     files = files_to_publish(folder, repo_id, words)
     # A vocabulary has words of any text.
     searched = {name: file for name, file in files.items() if name not in VOCABULARY_FILES}
     check_private({**searched, "the commit message": commit_message.encode()}, forget_rows)
     said = {"forgotten": words.forgotten, "repo_id": repo_id, "datasets": " ".join(words.datasets)}
     said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
-    check_said(said, forget_rows)
+    evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
+    said |= {"base_model": words.base_model, "evaluations": " ".join(evaluations)}
+    check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
+        _check_on_hub(api, repo_id, files[CARD_NAME].decode(), revision)
+        is_new = not api.repo_exists(repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-        return api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, run_as_future=not blocking
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+
+    def commit() -> CommitInfo:
+        with hub_sentences(repo_id, is_new):
+            return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+
+    return commit() if blocking else api.run_as_future(commit)
+
+
+def _check_on_hub(api: HfApi, repo_id: str, card: str, revision: str | None) -> None:
+    """Check what the Hub would refuse after it has made the repository: the card's front matter and the branch."""
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"license, datasets, base_model: the Hub refuses what the card says of them ({reason}); give values "
+            "that it knows."
+        ) from error
+    # A new repository has this one alone.
+    if revision not in (None, "main") and not api.revision_exists(repo_id, revision):
+        raise ValueError(
+            f"revision: {repo_id!r} has no branch {revision!r}; make it there first, or leave revision out."
         )
 
 
 @contextmanager
-def hub_sentences(repo_id: str) -> Iterator[None]:
+def hub_sentences(repo_id: str, is_new: bool = False) -> Iterator[None]:
     """Turn the many lines of a failed request to the Hub into one sentence.
+
+    Args:
+        repo_id: The repository.
+        is_new: Whether it was made for this, and is empty.
 
     Raises:
         ValueError, PermissionError, ConnectionError: As in `publish`.
@@ -262,23 +357,20 @@ def hub_sentences(repo_id: str) -> Iterator[None]:
     except (HTTPError, RuntimeError) as error:
         # Uploads of large files wrap what went wrong.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        if isinstance(cause, RevisionNotFoundError):
-            raise ValueError(
-                f"revision: {repo_id!r} has no such branch; make it there first, or leave revision out."
-            ) from error
+        left = "; the repository that was made for it is left there, empty" if is_new else ""
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
             reason = (cause.server_message or "no reason given").splitlines()[0]
             status = cause.response.status_code
             if status not in (401, 403, 404):
                 raise ValueError(
-                    f"repo_id: the Hub refuses the upload to {repo_id!r} ({status}: {reason})."
+                    f"repo_id: the Hub refuses the upload to {repo_id!r} ({status}: {reason}){left}."
                 ) from error
             raise PermissionError(
                 f"token: the Hub refuses to let it write to {repo_id!r} ({status}: {reason}); log in with `hf auth "
-                "login`, or set HF_TOKEN to a token with write access there."
+                f"login`, or set HF_TOKEN to a token with write access there{left}."
             ) from error
         what = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ConnectionError(
-            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); nothing was changed there, "
+            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); no file was changed there, "
             "so run the same command again."
         ) from error

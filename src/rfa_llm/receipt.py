@@ -121,7 +121,7 @@ def read_salt(path: str | os.PathLike) -> str:
     Raises:
         ValueError: There is no such file, or no salt in it.
     """
-    salt = Path(path).read_text(encoding="utf-8").strip() if Path(path).is_file() else ""
+    salt = Path(path).read_text(encoding="ascii", errors="replace").strip() if Path(path).is_file() else ""
     if len(salt) != 64 or set(salt) - set("0123456789abcdef"):
         raise ValueError(f"salt: {str(path)!r} is no file with 64 hexadecimal digits; give the run's {SALT_NAME}.")
     return salt

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -33,6 +35,7 @@ from .adapters import adapter_off, computing_in_model_dtype
 from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
 from .card import TAGS, Words, model_card
 from .checkpoints import (
+    FREE,
     METHOD_STATE_NAME,
     base_config_digest,
     base_model_digest,
@@ -43,7 +46,7 @@ from .checkpoints import (
 )
 from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
 from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
-from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish
+from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish, text_settings
 from .memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
 from .receipt import (
     adapter_digests,
@@ -438,7 +441,12 @@ class UnlearningTrainer(Trainer):
         check_private({"what you say was forgotten": words.forgotten.encode()}, self._rows["forget"])
         # The Trainer makes the repository as soon as it is made itself.
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
-        check_said({"forgotten": words.forgotten, "hub_model_id": repo_id}, self._rows["forget"])
+        # As the receipt will have them.
+        own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)} - FREE
+        settings = text_settings({name: getattr(args, name) for name in own})
+        said = {name: public_name(text) for name, text in settings.items()}
+        said |= {"forgotten": words.forgotten, "hub_model_id": repo_id, "base_model": words.base_model}
+        check_said(said, self._rows["forget"])
         return words
 
     def _publish(
@@ -508,7 +516,7 @@ class UnlearningTrainer(Trainer):
             PermissionError: The Hub refuses the token.
             ConnectionError: The connection was lost; the repository is as it was.
         """
-        more = {"datasets": list(datasets), "license": license, "evaluations": evaluations or {}}
+        more = {"datasets": datasets, "license": license, "evaluations": evaluations or {}}
         words = self._words(self.args, self._base_name(), forgotten, base_model, **more)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)

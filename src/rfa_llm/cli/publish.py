@@ -57,13 +57,14 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
     if args.folder is None or args.repo_id is None:
         raise ValueError("folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`.")
     read_receipt(args.folder)
-    logs = {"before": args.before_log, "after": args.log, "retain_only": args.retain_log}
+    logs = {"before": ("before_log", args.before_log), "after": ("log", args.log)}
+    logs["retain_only"] = ("retain_log", args.retain_log)
     words = Words(
         forgotten=args.forgotten,
         base_model=base_on_hub(args.base_model, PeftConfig.from_pretrained(args.folder).base_model_name_or_path),
         datasets=args.datasets or [],
         license=args.license,
-        evaluations={name: summary(read_log(log)) for name, log in logs.items() if log is not None},
+        evaluations={model: summary(read_log(log, name)) for model, (name, log) in logs.items() if log is not None},
     )
     forget_rows = () if args.forget_dataset is None else load_rows(args.forget_dataset, "forget_dataset")
     return publish(

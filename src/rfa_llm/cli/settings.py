@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
@@ -15,6 +17,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+class SettingsParser(TrlParser):
+    """Refuses text in a recipe where a list belongs; it would be read letter by letter."""
+
+    def set_defaults_with_config(self, **settings) -> list[str]:
+        types = {name: type for one in self.dataclass_types for name, type in get_type_hints(one).items()}
+        for name, value in settings.items():
+            if isinstance(value, str) and name in types and _is_list(types[name]):
+                raise ValueError(f"{name}: {value!r} is text; give a list, such as [{value}].")
+        return super().set_defaults_with_config(**settings)
+
+
+def _is_list(type: object) -> bool:
+    """Whether a setting of this type is a list, or None, and nothing else."""
+    kinds = get_args(type) if get_origin(type) in (Union, UnionType) else (type,)
+    return {get_origin(kind) for kind in kinds if kind is not NoneType} == {list}
 
 
 def read_settings(
@@ -29,10 +48,11 @@ def read_settings(
         usage, epilog: Of its help.
 
     Raises:
-        ValueError: There is no such file of settings, or no such setting, or a dataclass refuses a value.
+        ValueError: There is no such file of settings, or no such setting, or text where a list belongs, or a dataclass
+            refuses a value.
         SystemExit: Help was asked for (exit code 0), or a value is of another type (2).
     """
-    parser = TrlParser(
+    parser = SettingsParser(
         dataclasses,
         prog=f"rfa-llm {command}",
         usage=usage,

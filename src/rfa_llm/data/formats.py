@@ -146,10 +146,15 @@ def content(row: dict) -> dict:
 
 
 def texts(row: dict) -> list[str]:
-    """All the text of a row's content, turn by turn where it is a conversation."""
+    """All the text of a row's content, turn by turn where it is a conversation.
+
+    Raises:
+        ValueError, TypeError: as `content`; or a value that should be text is not.
+    """
     found = []
-    for value in content(row).values():
-        found += [value] if isinstance(value, str) else [turn["content"] for turn in value]
+    for name, value in content(row).items():
+        turns = value if isinstance(value, list) else [{"content": value}]
+        found += [_text(turn.get("content"), name) for turn in turns]
     return found
 
 

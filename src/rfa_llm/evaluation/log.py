@@ -37,31 +37,35 @@ def write_log(log: dict, path: str | os.PathLike) -> None:
     os.replace(temporary, path)
 
 
-def read_log(path: str | os.PathLike) -> dict:
+def read_log(path: str | os.PathLike, field: str = "log") -> dict:
     """Read a log, ours or one of OpenUnlearning's.
 
     Args:
         path: the JSON file.
+        field: the setting it came from, such as "retain_log", named in errors.
 
     Returns:
         dict: {metric: {"agg_value": ..., ...}}.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not of the log's format.
+        ValueError: there is no such file, or it is not JSON, or not of the log's format.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{field}: {str(path)!r} is no file; give a log of `rfa-llm evaluate` or a TOFU_EVAL.json.")
     try:
         log = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not JSON ({error}); give a log written by write_log or a TOFU_EVAL.json."
+            f"{field}: {path} is not JSON ({error}); give a log written by write_log or a TOFU_EVAL.json."
         ) from error
     if not isinstance(log, dict) or not log:
-        raise ValueError(f"{path} is no evaluation log: it should hold an object of metrics, as TOFU_EVAL.json does.")
+        raise ValueError(
+            f"{field}: {path} is no evaluation log: it should hold an object of metrics, as TOFU_EVAL.json does."
+        )
     for metric, value in log.items():
         if not isinstance(value, dict) or "agg_value" not in value:
             raise ValueError(
-                f"{path} is no evaluation log: its entry {metric!r} has no 'agg_value'; "
+                f"{field}: {path} is no evaluation log: its entry {metric!r} has no 'agg_value'; "
                 "give the full log (TOFU_EVAL.json), not the summary."
             )
     return log
@@ -78,12 +82,11 @@ def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
         float64 array of shape (questions,), in the order of the forget set.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no log, or has neither.
+        ValueError: there is no such file, or it is no log, or has neither.
     """
     if isinstance(log, dict):
         return forget_truth_ratios(log, "the retain log")
-    return forget_truth_ratios(read_log(log), str(log))
+    return forget_truth_ratios(read_log(log, "retain_log"), str(log))
 
 
 def forget_truth_ratios(log: dict, name: str) -> np.ndarray:

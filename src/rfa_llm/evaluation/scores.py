@@ -349,7 +349,8 @@ def next_token_kl(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Ten
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
+    """The whole model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     # On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights anew, with coarser scales, at their first forward in
     # evaluation mode. In training mode these layers, which have no dropout, compute the same and stay as they are.
@@ -360,4 +361,5 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         with computing_in_model_dtype(model, model.device):
             yield
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode

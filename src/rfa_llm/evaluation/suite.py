@@ -130,9 +130,11 @@ def summary(log: Mapping[str, dict]) -> dict[str, float]:
 
     Returns:
         `{set}_prob`, `{set}_rouge` and `{set}_truth_ratio` for each of the four sets (normalised probability on real
-        authors and world facts), `model_utility`, and what else of `SUMMARY` the log has.
+        authors and world facts), `model_utility`, and what else of `SUMMARY` the log has. A metric without a value is
+        left out: OpenUnlearning writes `null` for a forget quality that it had no retain log for.
     """
-    return {column: log[metric]["agg_value"] for column, metric in SUMMARY.items() if metric in log}
+    values = {column: log[metric]["agg_value"] for column, metric in SUMMARY.items() if metric in log}
+    return {column: value for column, value in values.items() if value is not None}
 
 
 def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike | dict | None) -> dict | None:
@@ -177,7 +179,7 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
                 )
     if retain_log is None:
         return None
-    retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log)
+    retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
     count = len(read_retain_truth_ratios(retain_log))
     if count != len(sets["forget"]):
         raise ValueError(

@@ -109,7 +109,8 @@ def quality_and_utility(models: Mapping[str, dict[str, float]], runs: Mapping[st
     with style.context("seaborn-v0_8-colorblind"):
         figure = trade_off(
             {name: result(summary) for name, summary in models.items()},
-            {name: [result(summary)] for name, summary in runs.items()},
+            # matplotlib would take what stands between two signs for a formula.
+            {name.replace("$", r"\$"): [result(summary)] for name, summary in runs.items()},
         )
         return _svg(figure)
 

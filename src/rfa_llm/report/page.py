@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rfa_llm.report import figures
 from rfa_llm.report.runs import Run, answers, forget_test, logged_steps, residuals, scores
 
-# Of the Markdown page; the templates have it too.
-TITLE = "# Unlearning report"
+# Of both pages; the templates have it too.
+TITLE = "Unlearning report"
 
 
 @dataclass
@@ -54,7 +55,7 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
     Args:
         runs: from `rfa_llm.report.read_run`.
         output_file: the HTML page, whose name ends in .html; the Markdown page beside it ends in .md. The Markdown
-            page has neither figures nor the forget set's text.
+            page has neither figures nor the forget set's text. Earlier reports of these names are written over.
         forget_text: "hide" keeps the forget set's questions and answers folded up in the HTML page; "leave_out"
             writes neither page with a word of them.
 
@@ -62,14 +63,12 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
         the paths of the HTML and of the Markdown page.
 
     Raises:
-        ValueError: a file of another name, or an unknown `forget_text`.
+        ValueError: a file of another name, one that is there and no report or that cannot be written, or an unknown
+            `forget_text`.
     """
     path = Path(output_file)
-    if path.suffix != ".html" or path.is_dir():
+    if path.suffix != ".html":
         raise ValueError(f"output_file: {str(output_file)!r} is no name of an HTML file; give one that ends in .html.")
-    markdown = path.with_suffix(".md")
-    if markdown.is_file() and not markdown.read_text(encoding="utf-8").startswith(TITLE):
-        raise ValueError(f"output_file: {str(markdown)!r} is there, and no report; give another name.")
     if forget_text not in ("hide", "leave_out"):
         raise ValueError(f"forget_text: {forget_text!r} is not known; give 'hide' or 'leave_out'.")
     labels = [run.name if len(runs) == 1 else f"{number}: {run.name}" for number, run in enumerate(runs, 1)]
@@ -91,11 +90,26 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
         path.with_suffix(suffix): templates.get_template(f"page{suffix}").render(content)
         for suffix in (".html", ".md")
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     for page, text in pages.items():
-        part = page.with_name(f".{page.name}.part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, page)
+        # All that every report begins with.
+        opening = text[: text.index(TITLE) + len(TITLE)].encode()
+        if page.exists() and not (page.is_file() and page.read_bytes().startswith(opening)):
+            raise ValueError(f"output_file: {str(page)!r} is there, and no report; give another name.")
+    parts = {page: page.with_name(f".{page.name}.part") for page in pages}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for page, part in parts.items():
+                part.write_bytes(pages[page].encode())
+            for page, part in parts.items():
+                os.replace(part, page)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_file: {str(path)!r} cannot be written ({error.strerror}); give another name."
+        ) from error
     return tuple(pages)
 
 
@@ -171,7 +185,8 @@ def _comparison(runs: Sequence[Run], labels: Sequence[str]) -> Section:
                         _text, (values["forget_quality"], values["model_utility"], values["model_utility"] / utility)
                     ),
                 ]
-                for name, values in {**models, **after}.items()
+                # A run may be called "target" too.
+                for name, values in [*models.items(), *after.items()]
             ],
         )
     )
@@ -410,6 +425,5 @@ def _data_uri(svg: str) -> str:
 
 def _markdown(text: str) -> str:
     """Text that stays text in a cell of a Markdown table."""
-    for sign, written in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*")):
-        text = text.replace(sign, written)
+    text = re.sub(r"[\\|`*_!\[\]]", r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(text.split())

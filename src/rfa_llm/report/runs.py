@@ -53,8 +53,8 @@ def read_run(
             saw the forget set; they take the place of a demo's.
 
     Raises:
-        ValueError: the folder is of no run, or files do not belong together; one sentence says which.
-        FileNotFoundError: there is no such log.
+        ValueError: the folder is of no run, there is no such log, or files do not belong together; one sentence says
+            which.
     """
     folder = Path(folder)
     is_demo = not (folder / RECEIPT_NAME).is_file()
@@ -78,7 +78,7 @@ def read_run(
             paths[name] = Path(given[name])
         elif is_demo and own.is_file():
             paths[name] = own
-    logs = {name: read_log(path) for name, path in paths.items()}
+    logs = {name: read_log(path, LOGS[name]) for name, path in paths.items()}
     truth_ratios = {name: forget_truth_ratios(log, str(paths[name])) for name, log in logs.items()}
     _check(paths, logs, truth_ratios)
     name = folder.absolute().name
@@ -124,8 +124,8 @@ def _check(paths: dict[str, Path], logs: dict[str, dict], truth_ratios: dict[str
             "of one forget set."
         )
     for name, log in logs.items():
-        if name != "retain-only" and "retain-only" in logs and "forget_quality" in log:
-            said = log["forget_quality"]["agg_value"]
+        said = summary(log).get("forget_quality")
+        if name != "retain-only" and "retain-only" in logs and said is not None:
             found = forget_test(truth_ratios[name], truth_ratios["retain-only"]).pvalue
             if not isclose(said, found, rel_tol=1e-3, abs_tol=1e-12):
                 raise ValueError(
