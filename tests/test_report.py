@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
-from rfa_llm.receipt import RECEIPT_NAME, with_card
+from rfa_llm.receipt import RECEIPT_NAME, as_text, with_card
 from rfa_llm.report import read_run, write_report
 from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
@@ -106,7 +106,7 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
             "after": {"forget_answer_loss": 2.5, "retain_answer_loss": 0.1875},
         },
     }
-    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, "a card")))
+    (folder / RECEIPT_NAME).write_text(as_text(with_card(receipt, "a card")))
     state = TrainerState(global_step=steps, log_history=history() if log_history is None else log_history)
     state.save_to_json(str(folder / "trainer_state.json"))
     return folder

@@ -20,6 +20,7 @@ from rfa_llm.cli.verify import VerifyArguments, compared, verify
 from rfa_llm.receipt import (
     RECEIPT_NAME,
     SALT_NAME,
+    as_text,
     new_salt,
     read_adapter_config,
     read_receipt,
@@ -64,7 +65,7 @@ def forge(folder: Path, change) -> None:
     change(receipt)
     card = str(model_card(receipt, Words("some rows", "model"), "adapter", read_adapter_config(folder)))
     (folder / "README.md").write_text(card)
-    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, card)))
+    (folder / RECEIPT_NAME).write_text(as_text(with_card(receipt, card)))
 
 
 def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
@@ -224,18 +225,48 @@ def test_a_change_of_anything_in_the_receipt_is_told(adapter):
             failed(adapter)
 
 
+LOSS = '"forget_answer_loss"'
+FALSE = '"metrics": {"after": {"forget_answer_loss": 99.0}}'
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # JSON keeps the second of two keys, and whoever reads the file sees the first.
+        (lambda text: text.replace("{", f"{{\n  {FALSE},", 1), r"is no receipt \(.*it has the key 'metrics' twice"),
+        (lambda text: text.replace(LOSS, f"{LOSS}: 99.0, {LOSS}"), "is no receipt"),
+        (lambda text: text.replace(LOSS, f'"forget\\u005fanswer_loss": 99.0, {LOSS}'), "is no receipt"),
+        (lambda text: " " + text, "is not laid out as a receipt is"),
+        (lambda text: text.replace("\n", "\r\n"), "is not laid out as a receipt is"),
+        (lambda text: json.dumps(json.loads(text), indent=1), "is not laid out as a receipt is"),
+        (lambda text: "[" * 100_000, "is no receipt"),
+    ],
+)
+def test_bytes_that_no_hash_covers_are_told(change, sentence, adapter):
+    file = adapter / RECEIPT_NAME
+    file.write_bytes(change(file.read_text()).encode())
+    with pytest.raises(ValueError, match=f"^folder: .*{RECEIPT_NAME} {sentence}.* as it was written"):
+        failed(adapter)
+
+
+def test_a_key_that_stands_twice_in_the_configuration_is_told(adapter):
+    replace(adapter / "adapter_config.json", r"^\{", '{"r": 64,')
+    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is .* the key 'r' twice.; give the file"):
+        failed(adapter)
+
+
 @pytest.mark.parametrize("part", ["metrics", "card", "adapter"])
 def test_a_receipt_that_lacks_a_part_is_none(part, adapter):
     receipt = read_receipt(adapter)
     del receipt[part]
-    (adapter / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
     with pytest.raises(ValueError, match=rf"is no receipt \(it lacks \['{part}'\]\); give the file as it was"):
         failed(adapter)
 
 
 def test_files_that_are_cut_short_are_one_sentence(adapter):
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is no JSON .*; give the file as it was"):
+    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is no adapter's config.*; give the file"):
         failed(adapter)
 
 

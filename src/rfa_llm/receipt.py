@@ -83,6 +83,28 @@ def public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
+def read_json(path: Path) -> tuple[object, bytes]:
+    """What is in a JSON file, and its bytes.
+
+    Raises:
+        ValueError: It is no JSON, or an object in it has a key twice: JSON keeps the second, and a reader sees the
+            first.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"it has the key {twice[0]!r} twice")
+        return dict(pairs)
+
+    content = path.read_bytes()
+    try:
+        return json.loads(content.decode(), object_pairs_hook=once), content
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+
+
 # ---- the sets ----
 
 
@@ -132,7 +154,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     """What is in an adapter's `adapter_config.json`.
 
     Raises:
-        ValueError: There is none, or it is no JSON.
+        ValueError: There is none, or it is no JSON, or has a key twice.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -140,9 +162,11 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
             f"folder: {str(folder)!r} has no {CONFIG_NAME}; give the folder that `rfa-llm unlearn` wrote."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)[0]
     except ValueError as error:
-        raise ValueError(f"folder: {path} is no JSON ({error}); give the file as it was written.") from error
+        raise ValueError(
+            f"folder: {path} is no adapter's configuration ({error}); give the file as it was written."
+        ) from error
 
 
 def base_of(config: dict) -> dict[str, str | None]:
@@ -271,15 +295,16 @@ def write_receipt(folder: str | os.PathLike, receipt: dict, salt: str) -> None:
         part = Path(folder) / f".{name}.part"
         part.unlink(missing_ok=True)
         part.touch(mode=0o600 if name == SALT_NAME else 0o666)
-        part.write_text(text, encoding="utf-8")
+        # As bytes, with the same line ends everywhere.
+        part.write_bytes(text.encode())
         os.replace(part, Path(folder) / name)
 
 
 def read_receipt(folder: str | os.PathLike) -> dict:
-    """The receipt beside an adapter, which is what its own hash says.
+    """The receipt beside an adapter, which is what its own hash says, and written as `write_receipt` writes it.
 
     Raises:
-        ValueError: There is none, or it was changed after it had been written.
+        ValueError: There is none, or a byte of it was changed after it had been written.
     """
     path = Path(folder) / RECEIPT_NAME
     if not path.is_file():
@@ -287,13 +312,15 @@ def read_receipt(folder: str | os.PathLike) -> dict:
             f"folder: {str(folder)!r} has no {RECEIPT_NAME}; give the folder that `rfa-llm unlearn` wrote."
         )
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt, content = read_json(path)
         intact = receipt["sha256"] == sealed(receipt)["sha256"]
         missing = [part for part in PARTS if part not in receipt]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"folder: {path} is no receipt ({error!r}); give the file as it was written.") from error
     if not intact:
         raise ValueError(f"folder: {path} is not what its own hash says; give the file as it was written.")
+    if content != as_text(receipt).encode():
+        raise ValueError(f"folder: {path} is not laid out as a receipt is; give the file as it was written.")
     if missing:
         raise ValueError(f"folder: {path} is no receipt (it lacks {missing}); give the file as it was written.")
     if receipt["format"] != FORMAT:
