@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
@@ -54,9 +55,22 @@ def adapter(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
 
 
+FIGURES = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
+
+
+def verified(folder: Path, **given) -> pd.DataFrame:
+    return verify(VerifyArguments(folder=str(folder), use_cpu=True, **given))
+
+
 def failed(folder: Path, **given) -> list[str]:
-    checks = verify(VerifyArguments(folder=str(folder), use_cpu=True, **given))
+    checks = verified(folder, **given)
     return checks.loc[~checks["passed"], "check"].tolist()
+
+
+def unmeasured(checks: pd.DataFrame) -> dict[str, str]:
+    """The lines of what was not measured, and what they say."""
+    checks = checks[checks["passed"].isna()]
+    return dict(zip(checks["check"], checks["found"], strict=True))
 
 
 def forge(folder: Path, change) -> None:
@@ -77,10 +91,11 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
         VerifyArguments(folder=str(adapter), use_cpu=True, salt=str(tmp_path / "salt"), tolerance=1e-4, **given)
     )
     assert checks["passed"].all(), checks.to_string()
-    figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
+    figures = FIGURES
     assert checks["check"].tolist() == [
         *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
-        *("base's name", "rows to forget", "rows in the request", "rows to keep", "retain set", "base's weights"),
+        *("base's name", "rows to forget", "receipt's figures"),
+        *("rows in the request", "rows to keep", "retain set", "base's weights"),
         *figures[:2],
         *("adapter on its base", *figures[2:]),
     ]
@@ -89,9 +104,12 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
 def test_some_rows_of_the_request_are_proved_and_give_no_figure(adapter, forget, tmp_path):
     path = str(tmp_path / "some.jsonl")
     forget.select([4, 1]).to_json(path)
-    checks = verify(VerifyArguments(folder=str(adapter), use_cpu=True, forget=path))
-    assert checks["passed"].all() and "2 of the 2 given" in checks["found"].tolist()
-    assert not checks["check"].str.contains("loss").any()
+    checks = verified(adapter, forget=path)
+    assert checks["passed"].all() and "2 of the 2 given; the request has 6" in checks["found"].tolist()
+    forget_why, retain_why = "2 of the request's 6 rows are given", "give the whole set as --retain"
+    assert list(unmeasured(checks).items()) == [
+        (figure, f"not measured: {forget_why if figure.startswith('forget') else retain_why}") for figure in FIGURES
+    ]
     concatenate_datasets([forget.select([4, 1]), tiny_rows(1, first=40)]).to_json(path)
     assert failed(adapter, forget=path) == ["rows in the request"]
 
@@ -102,9 +120,19 @@ def test_a_foreign_salt_proves_nothing(adapter, tmp_path):
     assert failed(adapter, salt=str(tmp_path / "salt"), **given) == ["rows in the request", "retain set"]
 
 
+def test_a_row_that_is_given_six_times_is_proved_once(adapter, forget, tmp_path):
+    forget.select([4] * 6).to_json(tmp_path / "forget.jsonl")
+    checks = verified(adapter, forget=str(tmp_path / "forget.jsonl"))
+    assert checks.loc[checks["passed"] == False, ["check", "found"]].values.tolist() == [  # noqa: E712
+        ["rows in the request", "1 of the 6 given; the request has 6"]
+    ]
+
+
 def test_another_retain_set(adapter, retain, tmp_path):
     retain.select(range(9)).to_json(tmp_path / "retain.jsonl")
-    assert "retain set" in failed(adapter, retain=str(tmp_path / "retain.jsonl"))
+    checks = verified(adapter, retain=str(tmp_path / "retain.jsonl"))
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["rows to keep", "retain set"]
+    assert unmeasured(checks)["retain_answer_loss, after"] == "not measured: the rows given are not the retain set"
 
 
 def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_path):
@@ -146,7 +174,75 @@ def test_numbers_and_figures_that_nothing_stands_behind(adapter, saved_llama):
     assert failed(adapter, model_name_or_path=saved_llama) == ["rows to forget"]
     forge(adapter, lambda receipt: receipt["forget"].update(rows=6))
     forge(adapter, lambda receipt: receipt["metrics"]["after"].update(forget_quality=1.0))
-    assert failed(adapter, model_name_or_path=saved_llama) == ["figures, after"]
+    assert failed(adapter, model_name_or_path=saved_llama) == ["receipt's figures"]
+
+
+def test_a_row_that_nobody_asked_for_hides_no_figure(adapter, tmp_path):
+    def hide(receipt):
+        receipt["forget"]["row_hashes"].append("0" * 64)
+        receipt["forget"]["rows"] += 1
+        receipt["metrics"]["after"]["forget_answer_loss"] = 99.0
+
+    forge(adapter, hide)
+    checks = verified(
+        adapter, forget=str(tmp_path / "forget.jsonl"), retain=str(tmp_path / "retain.jsonl"), tolerance=1e-4
+    )
+    assert checks["passed"].all()
+    why = "not measured: 6 of the request's 7 rows are given"
+    assert unmeasured(checks) == {"forget_answer_loss, before": why, "forget_answer_loss, after": why}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda metrics: metrics.clear(),
+            "3 steps were trained, and ['forget_answer_loss, before', 'retain_answer_loss, before', "
+            "'forget_answer_loss, after', 'retain_answer_loss, after'] are missing",
+        ),
+        (
+            lambda metrics: metrics["after"].pop("retain_answer_loss"),
+            "3 steps were trained, and ['retain_answer_loss, after'] are missing",
+        ),
+        # The card would show it as a model's that never saw the set.
+        (
+            lambda metrics: metrics.update(retain_only={"forget_quality": 0.99}),
+            "no training and no evaluation writes ['retain_only']",
+        ),
+        (
+            lambda metrics: metrics.update(evaluation={"best": {"forget_quality": 0.99}}),
+            "no training and no evaluation writes ['best']",
+        ),
+        (
+            lambda metrics: metrics["after"].update(forget_quality=0.99),
+            "no training and no evaluation writes ['forget_quality, after']",
+        ),
+    ],
+)
+def test_figures_that_are_missing_or_that_nothing_measures(change, found, adapter, saved_llama):
+    forge(adapter, lambda receipt: change(receipt["metrics"]))
+    checks = verified(adapter, model_name_or_path=saved_llama)
+    assert checks.loc[~checks["passed"], ["check", "found"]].values.tolist() == [["receipt's figures", found]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"(\| forget answer loss .*\n)", r"\1| forget quality | 0.01 | 0.99 |\n"),
+        # A row of one cell, in Markdown.
+        (r"(\| retain answer loss .*\n)", r"\1forget quality after: 0.99\n"),
+        (r"\n## Limits", "\n | forget quality |\n | --- |\n | 0.99 |\n\n## Limits"),
+        (r"\| learning_rate \| .* \|", "| learning_rate | 1.0 |"),
+        (r"\| seed \| 42 \|\n", ""),
+    ],
+)
+def test_a_table_of_the_card_that_is_not_the_receipts_is_told_although_its_hash_is_right(
+    pattern, new, adapter, saved_llama
+):
+    replace(adapter / "README.md", pattern, new)
+    receipt = with_card(read_receipt(adapter), (adapter / "README.md").read_text())
+    (adapter / RECEIPT_NAME).write_text(as_text(receipt))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["model card's figures"]
 
 
 def test_a_receipt_of_another_format_is_refused(adapter):
@@ -291,8 +387,17 @@ def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):
         }
 
     forge(adapter, publish)
+    checks = verified(adapter, log=str(log))
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["model_utility, evaluation after"]
     # A figure that was published and is not measured again is no proof.
-    assert failed(adapter, log=str(log)) == ["model_utility, evaluation after", "privleak, evaluation after"]
+    why = {line: found for line, found in unmeasured(checks).items() if "evaluation" in line}
+    assert why == {
+        "privleak, evaluation after": "not measured: the new log has none",
+        "forget_prob, evaluation before": "not measured: give a new log as --before_log",
+        "model_utility, evaluation before": "not measured: give a new log as --before_log",
+        "forget_prob, evaluation retain_only": "not measured: give a new log as --retain_log",
+        "model_utility, evaluation retain_only": "not measured: give a new log as --retain_log",
+    }
     assert failed(adapter, before_log=str(log)) == ["forget_prob, evaluation before"]
     assert failed(adapter, retain_log=str(log)) == ["model_utility, evaluation retain_only"]
 
@@ -326,7 +431,8 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 9 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 10 and "FAIL" not in printed and "base's weights" in printed
+    assert re.findall("^--    (.*?) +not measured: give", printed, re.M) == FIGURES
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])
@@ -357,4 +463,4 @@ def test_close_is_absolute_for_small_figures_and_a_share_of_large_ones():
         True,
     ]
     assert [passed for _, passed, _ in compared("x", {"small": 0.03, "large": 102.0}, published, 0.015)] == [False] * 2
-    assert [passed for _, passed, _ in compared("x", {}, published, 0.015)] == [False, False]
+    assert compared("x", {}, published, 0.015) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from rfa_llm.receipt import (
     row_hashes,
     set_hash,
 )
+
+# Published evaluations -> the settings that bring their new logs.
+LOGS = {"after": "log", "before": "before_log", "retain_only": "retain_log"}
 
 
 @dataclass
@@ -85,7 +89,8 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         args: `VerifyArguments(folder=...)` checks the hashes and the base; the sets add the request and the figures.
 
     Returns:
-        One row a check, with `check` (str), `passed` (bool) and `found` (str).
+        One row a check, with `check` (str), `passed` (boolean) and `found` (str). Each published figure has a row;
+        `passed` is `pandas.NA` where it was not measured, and `found` says why.
 
     Raises:
         ValueError: Bad input, or a receipt that was changed.
@@ -114,25 +119,33 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         found["name"] = Path(found["name"]).name
     check("base's name", str(found), str(named))
     check("rows to forget", str(len(receipt["forget"]["row_hashes"])), str(receipt["forget"]["rows"]))
+    wrong = wrong_figures(receipt)
+    checks.append(("receipt's figures", not wrong, wrong or "those of a training and of its evaluations"))
 
     # Before minutes of loading.
     salt, forget, retain = None, None, None
+    # Why a set's losses, or an evaluation's figures, are not measured.
+    why = {name: f"give the whole set as --{name}" for name in ("forget", "retain")}
+    why |= {column: f"give a new log as --{name}" for column, name in LOGS.items()}
     if args.forget is not None or args.retain is not None:
         salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
     if args.forget is not None:
         forget = load_rows(args.forget, "forget", args.forget_config)
-        hashes, asked = row_hashes(forget, salt), receipt["forget"]["row_hashes"]
-        known = len([one for one in hashes if one in set(asked)])
-        checks.append(("rows in the request", 0 < known == len(hashes), f"{known} of the {len(hashes)} given"))
+        given, asked = Counter(row_hashes(forget, salt)), Counter(receipt["forget"]["row_hashes"])
+        # A row that was asked once is proved once.
+        known, number = (given & asked).total(), given.total()
+        found = f"{known} of the {number} given; the request has {asked.total()}"
+        checks.append(("rows in the request", 0 < known == number, found))
         # The figures are of the whole set.
-        forget = forget if hashes == asked else None
+        if given != asked:
+            forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"
     if args.retain is not None:
         retain = load_rows(args.retain, "retain", args.retain_config)
         check("rows to keep", str(len(retain)), str(receipt["retain"]["rows"]))
         check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
-    logs = {"log": ("after", args.log), "before_log": ("before", args.before_log)}
-    logs["retain_log"] = ("retain_only", args.retain_log)
-    for name, (column, log) in logs.items():
+        if not checks[-1][1]:
+            retain, why["retain"] = None, "the rows given are not the retain set"
+    for (column, name), log in zip(LOGS.items(), (args.log, args.before_log, args.retain_log), strict=True):
         published = receipt["metrics"].get("evaluation", {}).get(column)
         if log is not None and published is None:
             raise ValueError(
@@ -140,6 +153,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
             )
         if log is not None:
             checks += compared(f"evaluation {column}", summary(read_log(log)), published, args.tolerance)
+            why[column] = "the new log has none"
 
     model = load_base(args, receipt)
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
@@ -155,27 +169,66 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
                 model = on_its_base(model, args.folder)
             except (ValueError, SafetensorError) as error:
                 checks.append(("adapter on its base", False, str(error).splitlines()[0]))
+                why |= dict.fromkeys(sets, "the adapter does not load on its base")
                 break
             checks.append(("adapter on its base", True, "it loads"))
-        published = receipt["metrics"].get(when, {})
-        strange = sorted(set(published) - {"forget_answer_loss", "retain_answer_loss"})
-        if strange:
-            checks.append((f"figures, {when}", False, f"{strange} are none that a training measures"))
         figures = answer_figures(model, sets, args.batch_size)
-        checks += compared(
-            when, figures, {name: published[name] for name in figures if name in published}, args.tolerance
-        )
-    return pd.DataFrame(checks, columns=["check", "passed", "found"])
+        checks += compared(when, figures, receipt["metrics"].get(when, {}), args.tolerance)
+    return table(checks + not_measured(receipt, checks, why))
+
+
+def wrong_figures(receipt: dict) -> str:
+    """Which figures nobody writes, or which are missing that every training writes; empty where all is well."""
+    metrics, evaluations = receipt["metrics"], receipt["metrics"].get("evaluation", {})
+    losses = {f"{name}_answer_loss" for name in ("forget", "retain")}
+    found = {when: set(metrics.get(when, {})) for when in ("before", "after")}
+    strange = [*sorted(metrics.keys() - {"evaluation", *found}), *sorted(evaluations.keys() - LOGS)]
+    strange += [f"{name}, {when}" for when, names in found.items() for name in sorted(names - losses)]
+    if strange:
+        return f"no training and no evaluation writes {strange}"
+    steps = receipt["settings"]["steps"]
+    missing = [f"{name}, {when}" for when, names in found.items() for name in sorted(losses - names)]
+    return f"{steps} steps were trained, and {missing} are missing" if steps > 0 and missing else ""
 
 
 def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[tuple[str, bool, str]]:
-    """A check for each published figure."""
+    """A check for each published figure that was measured again."""
     checks = []
     for name, expected in published.items():
-        found = figures.get(name, math.nan)
+        if name not in figures:
+            continue
+        found = figures[name]
         close = math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
         checks.append((f"{name}, {what}", close, f"{found:.4f}, the receipt {expected:.4f}"))
     return checks
+
+
+def not_measured(receipt: dict, checks: list, why: dict[str, str]) -> list[tuple[str, None, str]]:
+    """A line for each published figure that no check is of.
+
+    Args:
+        receipt: From `read_receipt`.
+        checks: So far.
+        why: A set, or an evaluation -> why its figures are not measured.
+    """
+    metrics, done = receipt["metrics"], {name for name, *_ in checks}
+    figures = [
+        (f"{name}_answer_loss, {when}", name)
+        for when in ("before", "after")
+        for name in ("forget", "retain")
+        if f"{name}_answer_loss" in metrics.get(when, {})
+    ]
+    figures += [
+        (f"{name}, evaluation {column}", column)
+        for column in LOGS
+        for name in metrics.get("evaluation", {}).get(column, {})
+    ]
+    return [(line, None, f"not measured: {why[of]}") for line, of in figures if line not in done]
+
+
+def table(checks: list[tuple[str, bool | None, str]]) -> pd.DataFrame:
+    """As `verify` returns it."""
+    return pd.DataFrame(checks, columns=["check", "passed", "found"]).astype({"passed": "boolean"})
 
 
 def revision(args: VerifyArguments) -> dict[str, str]:
@@ -207,7 +260,8 @@ def main(argv: list[str]) -> None:
     checks = verify(args)
     width = checks["check"].str.len().max()
     for check, passed, found in checks.itertuples(index=False):
-        print(f"{'ok  ' if passed else 'FAIL'}  {check:<{width}}  {found}")
+        mark = "--" if pd.isna(passed) else "ok" if passed else "FAIL"
+        print(f"{mark:<4}  {check:<{width}}  {found}")
     failed = checks.loc[~checks["passed"], "check"].tolist()
     if failed:
         raise ValueError(f"folder: {args.folder!r} is not what its receipt says: {', '.join(failed)}.")
