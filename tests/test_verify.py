@@ -16,11 +16,13 @@ from transformers import BitsAndBytesConfig
 
 from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.card import Words, has_figures_of, model_card
+from rfa_llm.cli import publish as publish_cli
 from rfa_llm.cli import verify as verify_cli
 from rfa_llm.cli.verify import VerifyArguments, compared, verify
 from rfa_llm.receipt import (
     RECEIPT_NAME,
     SALT_NAME,
+    adapter_digests,
     as_text,
     new_salt,
     read_adapter_config,
@@ -345,25 +347,91 @@ def test_bytes_that_no_hash_covers_are_told(change, sentence, adapter):
         failed(adapter)
 
 
-def test_a_key_that_stands_twice_in_the_configuration_is_told(adapter):
-    replace(adapter / "adapter_config.json", r"^\{", '{"r": 64,')
-    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is .* the key 'r' twice.; give the file"):
-        failed(adapter)
-
-
-@pytest.mark.parametrize("part", ["metrics", "card", "adapter"])
-def test_a_receipt_that_lacks_a_part_is_none(part, adapter):
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("metrics", None, "metrics is None"),
+        ("metrics", [], "metrics is []"),
+        ("metrics.before", [], "metrics.before is []"),
+        ("metrics.after.forget_answer_loss", "99", "metrics.after.forget_answer_loss is '99'"),
+        ("metrics.evaluation", {"after": {"model_utility": None}}, "metrics.evaluation.after.model_utility is None"),
+        ("card", 5, "card is 5"),
+        ("adapter", {}, "adapter.weights is missing"),
+        ("base_model", {}, "base_model.name is missing"),
+        ("base_model.revision", 2, "base_model.revision is 2"),
+        ("base_model.quantization", {}, "base_model.quantization.quant_method is missing"),
+        ("settings", {}, "settings.steps is missing"),
+        ("settings.max_length", "20", "settings.max_length is '20'"),
+        ("forget", {}, "forget.rows is missing"),
+        ("forget.row_hashes", ["a", {}], "forget.row_hashes is {}"),
+        ("retain", [{"rows": 10}], "retain is [{'rows': 10}]"),
+    ],
+)
+def test_a_receipt_that_lacks_what_is_read_is_none(path, value, said, adapter):
     receipt = read_receipt(adapter)
-    del receipt[part]
+    *above, last = path.split(".")
+    place = receipt
+    for key in above:
+        place = place[key]
+    place[last] = value
     (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
-    with pytest.raises(ValueError, match=rf"is no receipt \(it lacks \['{part}'\]\); give the file as it was"):
+    sentence = f"{adapter / RECEIPT_NAME} is no receipt ({said}); give the file as it was written."
+    with pytest.raises(ValueError, match=f"^folder: {re.escape(sentence)}$"):
         failed(adapter)
 
 
-def test_files_that_are_cut_short_are_one_sentence(adapter):
-    (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is no adapter's config.*; give the file"):
-        failed(adapter)
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("adapter_config.json", lambda file: file.write_text("{"), "no adapter's configuration (Expecting"),
+        ("adapter_config.json", lambda file: file.write_text("[]"), "(all of it is [])"),
+        ("adapter_config.json", lambda file: file.write_text("{}"), "(base_model_name_or_path is missing)"),
+        ("adapter_config.json", partial(set_json, revision=7), "(revision is 7)"),
+        ("adapter_config.json", partial(replace, pattern=r"^\{", new='{"r": 64,'), "(it has the key 'r' twice)"),
+        ("adapter_config.json", Path.unlink, "has no adapter_config.json; give the folder"),
+        ("adapter_model.safetensors", Path.unlink, "has no adapter_model.safetensors; give the folder"),
+    ],
+)
+def test_files_of_no_adapter_end_the_checks_with_their_list(file, change, said, adapter):
+    change(adapter / file)
+    checks = verified(adapter)
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["adapter's files"]
+    assert said in checks.loc[~checks["passed"], "found"].item()
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, "not measured: the adapter cannot be read")
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "FOO"}, {"r": "x"}, {"lora_alpha": "x"}, {"target_modules": 5}])
+def test_a_configuration_that_peft_cannot_read_is_told_by_its_name(change, adapter, saved_llama):
+    set_json(adapter / "adapter_config.json", **change)
+    # Nothing is loaded: there is no such base.
+    checks = verified(adapter, model_name_or_path="no/where")
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["adapter's configuration"]
+    why = "not measured: the adapter's configuration is not the receipt's"
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, why)
+    words = ["--forgotten", "some rows", "--base_model", "me/base"]
+    with pytest.raises(ValueError, match=f"^folder: the adapter in .* is not the one of its {RECEIPT_NAME}"):
+        publish_cli.main([str(adapter), "me/adapter", *words])
+    # Nor is it one where the receipt was made for it.
+    receipt = {**read_receipt(adapter), "adapter": adapter_digests(adapter)}
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["adapter on its base"]
+
+
+def test_a_base_of_another_name_is_not_loaded(adapter):
+    set_json(adapter / "adapter_config.json", base_model_name_or_path="no/where")
+    assert failed(adapter) == ["base's name"]
+
+
+def test_a_base_that_does_not_load_is_told_by_its_name(adapter, saved_llama, tmp_path):
+    given = {"model_name_or_path": saved_llama, "forget": str(tmp_path / "forget.jsonl")}
+    cut(Path(saved_llama) / "model.safetensors")
+    checks = verified(adapter, **given)
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["base's weights"]
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, "not measured: the base does not load")
+    tiny_llama().save_pretrained(saved_llama)
+    assert failed(adapter, **given) == []
+    forge(adapter, lambda receipt: receipt["base_model"].update(dtype="float1"))
+    assert failed(adapter, **given) == ["base's weights"]
 
 
 def test_a_card_whose_front_matter_is_broken_has_no_figures(adapter):

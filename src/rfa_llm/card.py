@@ -71,7 +71,7 @@ def has_figures_of(card: str, receipt: dict) -> bool:
     """Whether a card's tables and its front matter say what the receipt says, and no more."""
     try:
         results = ModelCard(card).data.eval_results or []
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, TypeError, yaml.YAMLError):
         return False
     shown = {result.metric_type: result.metric_value for result in results}
     figures = _figures(receipt)

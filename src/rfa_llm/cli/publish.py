@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from peft import PeftConfig
 
 from rfa_llm.card import Words
 from rfa_llm.cli.main import leading_words
@@ -14,7 +13,7 @@ from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import base_on_hub, publish
-from rfa_llm.receipt import read_receipt
+from rfa_llm.receipt import read_adapter_config, read_receipt
 
 
 @dataclass
@@ -60,7 +59,7 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
     logs = {"before": args.before_log, "after": args.log, "retain_only": args.retain_log}
     words = Words(
         forgotten=args.forgotten,
-        base_model=base_on_hub(args.base_model, PeftConfig.from_pretrained(args.folder).base_model_name_or_path),
+        base_model=base_on_hub(args.base_model, read_adapter_config(args.folder)["base_model_name_or_path"]),
         datasets=args.datasets or [],
         license=args.license,
         evaluations={name: summary(read_log(log)) for name, log in logs.items() if log is not None},

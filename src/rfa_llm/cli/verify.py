@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
-from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -37,6 +36,8 @@ from rfa_llm.receipt import (
 
 # Published evaluations -> the settings that bring their new logs.
 LOGS = {"after": "log", "before": "before_log", "retain_only": "retain_log"}
+# What transformers and peft raise where a file holds what they do not expect.
+UNREADABLE = (TypeError, KeyError, AttributeError, SafetensorError)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class VerifyArguments:
 
 
 def verify(args: VerifyArguments) -> pd.DataFrame:
-    """Hold what is given against the receipt; go on after a check that fails.
+    """Hold what is given against the receipt; go on after a check that fails, as long as there is something to load.
 
     Args:
         args: `VerifyArguments(folder=...)` checks the hashes and the base; the sets add the request and the figures.
@@ -103,12 +104,23 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     def check(name: str, found: str, expected: str) -> None:
         checks.append((name, found == expected, found if found == expected else f"{found}, the receipt {expected}"))
 
+    # Why a set's losses, or an evaluation's figures, are not measured.
+    why = {name: f"give the whole set as --{name}" for name in ("forget", "retain")}
+    why |= {column: f"give a new log as --{name}" for column, name in LOGS.items()}
+
+    def without_losses(reason: str) -> pd.DataFrame:
+        return finished(receipt, checks, why | dict.fromkeys(("forget", "retain"), reason))
+
     card_file = Path(args.folder) / CARD_NAME
     card = card_file.read_bytes().decode(errors="replace") if card_file.is_file() else ""
     check("model card", hashlib.sha256(card.encode()).hexdigest(), receipt["card"])
     same = has_figures_of(card, receipt)
     checks.append(("model card's figures", same, "the receipt's" if same else "not the receipt's"))
-    adapter = adapter_digests(args.folder)
+    try:
+        adapter = adapter_digests(args.folder)
+    except ValueError as error:
+        checks.append(("adapter's files", False, str(error)))
+        return without_losses("the adapter cannot be read")
     check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
     check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
     base = receipt["base_model"]
@@ -124,9 +136,6 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
 
     # Before minutes of loading.
     salt, forget, retain = None, None, None
-    # Why a set's losses, or an evaluation's figures, are not measured.
-    why = {name: f"give the whole set as --{name}" for name in ("forget", "retain")}
-    why |= {column: f"give a new log as --{name}" for column, name in LOGS.items()}
     if args.forget is not None or args.retain is not None:
         salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
     if args.forget is not None:
@@ -134,8 +143,8 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         given, asked = Counter(row_hashes(forget, salt)), Counter(receipt["forget"]["row_hashes"])
         # A row that was asked once is proved once.
         known, number = (given & asked).total(), given.total()
-        found = f"{known} of the {number} given; the request has {asked.total()}"
-        checks.append(("rows in the request", 0 < known == number, found))
+        proved = f"{known} of the {number} given; the request has {asked.total()}"
+        checks.append(("rows in the request", 0 < known == number, proved))
         # The figures are of the whole set.
         if given != asked:
             forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"
@@ -155,7 +164,15 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
             checks += compared(f"evaluation {column}", summary(read_log(log)), published, args.tolerance)
             why[column] = "the new log has none"
 
-    model = load_base(args, receipt)
+    failed = {name for name, passed, _ in checks if not passed}
+    if "adapter's configuration" in failed or ("base's name" in failed and args.model_name_or_path is None):
+        # What would be loaded may be anything.
+        return without_losses("the adapter's configuration is not the receipt's")
+    try:
+        model = load_base(args, receipt)
+    except UNREADABLE as error:
+        checks.append(("base's weights", False, f"{type(error).__name__}: {error}".splitlines()[0]))
+        return without_losses("the base does not load")
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
     sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
     if sets:
@@ -167,14 +184,14 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         if when == "after":
             try:
                 model = on_its_base(model, args.folder)
-            except (ValueError, SafetensorError) as error:
-                checks.append(("adapter on its base", False, str(error).splitlines()[0]))
+            except (ValueError, *UNREADABLE) as error:
+                checks.append(("adapter on its base", False, f"{type(error).__name__}: {error}".splitlines()[0]))
                 why |= dict.fromkeys(sets, "the adapter does not load on its base")
                 break
             checks.append(("adapter on its base", True, "it loads"))
         figures = answer_figures(model, sets, args.batch_size)
         checks += compared(when, figures, receipt["metrics"].get(when, {}), args.tolerance)
-    return table(checks + not_measured(receipt, checks, why))
+    return finished(receipt, checks, why)
 
 
 def wrong_figures(receipt: dict) -> str:
@@ -203,8 +220,8 @@ def compared(what: str, figures: dict, published: dict, tolerance: float) -> lis
     return checks
 
 
-def not_measured(receipt: dict, checks: list, why: dict[str, str]) -> list[tuple[str, None, str]]:
-    """A line for each published figure that no check is of.
+def finished(receipt: dict, checks: list, why: dict[str, str]) -> pd.DataFrame:
+    """The checks, and a line for each published figure that none of them is of, as `verify` returns them.
 
     Args:
         receipt: From `read_receipt`.
@@ -223,18 +240,14 @@ def not_measured(receipt: dict, checks: list, why: dict[str, str]) -> list[tuple
         for column in LOGS
         for name in metrics.get("evaluation", {}).get(column, {})
     ]
-    return [(line, None, f"not measured: {why[of]}") for line, of in figures if line not in done]
-
-
-def table(checks: list[tuple[str, bool | None, str]]) -> pd.DataFrame:
-    """As `verify` returns it."""
-    return pd.DataFrame(checks, columns=["check", "passed", "found"]).astype({"passed": "boolean"})
+    lines = [(line, None, f"not measured: {why[of]}") for line, of in figures if line not in done]
+    return pd.DataFrame([*checks, *lines], columns=["check", "passed", "found"]).astype({"passed": "boolean"})
 
 
 def revision(args: VerifyArguments) -> dict[str, str]:
     """That of the adapter's own base; a base that is given stands for itself."""
-    adapter = PeftConfig.from_pretrained(args.folder)
-    return {"revision": adapter.revision} if args.model_name_or_path is None and adapter.revision else {}
+    named = read_adapter_config(args.folder)["revision"]
+    return {"revision": named} if args.model_name_or_path is None and named else {}
 
 
 def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
