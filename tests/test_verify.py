@@ -532,3 +532,15 @@ def test_close_is_absolute_for_small_figures_and_a_share_of_large_ones():
     ]
     assert [passed for _, passed, _ in compared("x", {"small": 0.03, "large": 102.0}, published, 0.015)] == [False] * 2
     assert compared("x", {}, published, 0.015) == []
+    # One that was left out of the receipt is told.
+    assert compared("x", {"other": 0.5}, published, 0.015) == [("other, x", None, "0.5, and the receipt has none")]
+
+
+@pytest.mark.parametrize(
+    ("found", "published", "close"),
+    [(0.0509, 0.031, False), (1e-12, 0.0199, False), (0.0, 1e-9, False), (1.01e-12, 1e-12, True), (0.98, 0.99, True)],
+)
+def test_p_values_are_compared_by_their_size(found, published, close):
+    quality = {"forget_quality": published, "forget_prob": published}
+    checks = compared("after", dict.fromkeys(quality, found), quality, 0.02)
+    assert [passed for _, passed, _ in checks] == [close, True]
