@@ -148,6 +148,32 @@ def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_
     assert failed(adapter, model_name_or_path=saved_llama, **given) == []
 
 
+HUB_CARD = """---
+configs:
+- config_name: forget10
+  data_files: [{split: test, path: forget.jsonl}]
+- config_name: retain90
+  data_files: [{split: test, path: retain.jsonl}]
+---
+"""
+
+
+def test_sets_of_the_hub_are_named_as_for_the_training(adapter, forget, tmp_path, monkeypatch):
+    # A folder is read as a Hub dataset is, without the network.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "README.md").write_text(HUB_CARD)
+    config = {"forget_config": "forget10", "retain_config": "retain90"}
+    checks = verified(adapter, forget=str(tmp_path), retain=str(tmp_path), dataset_split="test", **config)
+    assert checks["passed"].fillna(False).all(), checks.to_string()
+    with pytest.raises(ValueError, match="train"):
+        verified(adapter, forget=str(tmp_path), **config)
+
+    words = ["--base_model", "me/base", "--forgotten", forget[1]["answer"], "--forget_dataset", str(tmp_path)]
+    words += ["--forget_config", "forget10", "--dataset_split", "test"]
+    with pytest.raises(ValueError, match="^forgotten: text of row 1 of the forget set is in README.md"):
+        publish_cli.main([str(adapter), "me/adapter", *words])
+
+
 def test_an_adapter_that_was_changed(adapter, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")

@@ -47,6 +47,10 @@ class PublishArguments:
         default=None,
         metadata={"help": "The forget set: it is checked that no text and no name of it goes up, and it stays here."},
     )
+    forget_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
     private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository; by default main."})
 
@@ -64,7 +68,9 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
         license=args.license,
         evaluations={name: summary(read_log(log)) for name, log in logs.items() if log is not None},
     )
-    forget_rows = () if args.forget_dataset is None else load_rows(args.forget_dataset, "forget_dataset")
+    forget_rows = ()
+    if args.forget_dataset is not None:
+        forget_rows = load_rows(args.forget_dataset, "forget_dataset", args.forget_config, args.dataset_split)
     return publish(
         args.folder, args.repo_id, words, forget_rows=forget_rows, private=args.private, revision=args.revision
     )

@@ -57,6 +57,7 @@ class VerifyArguments:
     forget_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     retain: str | None = field(default=None, metadata={"help": "The whole retain set, likewise."})
     retain_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub datasets."})
     salt: str | None = field(
         default=None, metadata={"help": f"File with the run's salt. Default: {SALT_NAME} in the folder."}
     )
@@ -144,7 +145,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     if args.forget is not None or args.retain is not None:
         salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
     if args.forget is not None:
-        forget = load_rows(args.forget, "forget", args.forget_config)
+        forget = load_rows(args.forget, "forget", args.forget_config, args.dataset_split)
         given, asked = Counter(row_hashes(forget, salt)), Counter(receipt["forget"]["row_hashes"])
         # A row that was asked once is proved once.
         known, number = (given & asked).total(), given.total()
@@ -154,7 +155,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         if given != asked:
             forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"
     if args.retain is not None:
-        retain = load_rows(args.retain, "retain", args.retain_config)
+        retain = load_rows(args.retain, "retain", args.retain_config, args.dataset_split)
         check("rows to keep", str(len(retain)), str(receipt["retain"]["rows"]))
         check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
         if not checks[-1][1]:
