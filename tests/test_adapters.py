@@ -8,7 +8,7 @@ from conftest import perturb, tiny_llama, tiny_lora
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rfa_llm.adapters import computing_in_model_dtype
+from rfa_llm.adapters import computing_in_model_dtype, read_adapter
 from rfa_llm.evaluation.scores import next_token_logits
 
 CPU = torch.device("cpu")
@@ -79,3 +79,10 @@ def test_scoring_leaves_no_autocast_behind():
         assert not torch.is_autocast_enabled("cpu")
     next(next_token_logits(model, ids))
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("config", ['{"peft_type": "FOO"}', "[]", "{"])
+def test_a_configuration_that_peft_cannot_read_is_no_adapter(config, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ValueError, match="^adapter_name_or_path: .* is no adapter .*; pass the folder"):
+        read_adapter(str(tmp_path))

@@ -231,6 +231,16 @@ def test_the_command_alone(words, code, printed, monkeypatch, capsys):
     assert printed in (output.err if code else output.out)
 
 
+def test_ctrl_c_is_one_word_and_debug_shows_where_it_was():
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^rfa-llm: stopped.$"):
+        run(stopped, [])
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, ["--debug"])
+
+
 def test_help_takes_less_than_two_seconds():
     # Of the processor, so that a busy machine does not count.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

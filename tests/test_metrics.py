@@ -152,6 +152,13 @@ def test_log_round_trip_and_atomic_write(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_read_log_takes_a_figure_that_is_not_known(tmp_path):
+    # As OpenUnlearning writes the forget quality without a retain log.
+    log = {"forget_quality": {"agg_value": None}, "x": {"agg_value": 1, "value_by_index": {"10": {"score": None}}}}
+    write_log(log, tmp_path / "log.json")
+    assert read_log(tmp_path / "log.json") == log
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -159,6 +166,10 @@ def test_log_round_trip_and_atomic_write(tmp_path):
         ("[1, 2]", "no evaluation log"),
         ("{}", "no evaluation log"),
         ('{"forget_quality": 0.3}', "'forget_quality' has no 'agg_value'"),
+        ('{"forget_quality": {"agg_value": "0.3"}}', "'agg_value' of its entry 'forget_quality' is no number"),
+        ('{"x": {"agg_value": 1, "value_by_index": [{}]}}', "entry 'x' .* no object of numbered rows; give the log"),
+        ('{"x": {"agg_value": 1, "value_by_index": {"a": {}}}}', "no object of numbered rows"),
+        ('{"x": {"agg_value": 1, "value_by_index": {"0": 1}}}', "no object of numbered rows"),
     ],
 )
 def test_read_log_refuses_other_files(tmp_path, text, message):

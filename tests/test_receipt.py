@@ -23,6 +23,7 @@ from rfa_llm.receipt import (
     SALT_NAME,
     adapter_digests,
     answer_figures,
+    as_text,
     figure_rows,
     new_salt,
     read_adapter_config,
@@ -268,7 +269,7 @@ def test_a_changed_receipt_is_told(saved):
     (folder / RECEIPT_NAME).write_text(json.dumps(receipt))
     with pytest.raises(ValueError, match="is not what its own hash says"):
         read_receipt(folder)
-    (folder / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
+    (folder / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
     assert read_receipt(folder)["metrics"]["after"]["forget_answer_loss"] == 99.0
     (folder / RECEIPT_NAME).write_text("[]")
     with pytest.raises(ValueError, match="is no receipt"):

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from rfa_llm.cli import report as report_cli
-from rfa_llm.receipt import RECEIPT_NAME, as_text, with_card
+from rfa_llm.receipt import RECEIPT_NAME, as_text, sealed, with_card
 from rfa_llm.report import read_run, write_report
 from rfa_llm.report.figures import residual_maps
 from rfa_llm.report.runs import residuals
@@ -95,19 +95,22 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
         "made_at": "2026-01-02T03:04:05+00:00",
         "versions": {"torch": "2.13.0"},
         "machine": {"cpu": "a CPU", "cores": 2},
-        "base_model": {"name": "target", "revision": None, "dtype": "float32", "quantization": None},
-        "adapter": {},
+        "base_model": {
+            **{"name": "target", "revision": None, "dtype": "float32", "quantization": None},
+            **{"weights": "a", "config": "b"},
+        },
+        "adapter": {"weights": "c", "config": "d"},
         "tokenizer": {},
         "method": "rfa",
-        "settings": {"alpha": 4.0, "shift": "local", "steps": 3},
-        "forget": {"rows": 4},
-        "retain": {"rows": 9},
+        "settings": {"alpha": 4.0, "shift": "local", "steps": 3, "max_length": None},
+        "forget": {"rows": 4, "row_hashes": ["d"] * 4},
+        "retain": {"rows": 9, "hash": "e"},
         "metrics": {
             "before": {"forget_answer_loss": 0.25, "retain_answer_loss": 0.125},
             "after": {"forget_answer_loss": 2.5, "retain_answer_loss": 0.1875},
         },
     }
-    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, "a card")))
+    (folder / RECEIPT_NAME).write_text(as_text(with_card(receipt, "a card")))
     state = TrainerState(global_step=steps, log_history=history() if log_history is None else log_history)
     state.save_to_json(str(folder / "trainer_state.json"))
     return folder
@@ -416,6 +419,7 @@ def test_a_forget_quality_that_is_right_is_taken_and_none_is_measured(demo, tmp_
             "^output_file: 'report.pdf' is no name of an HTML file; give one that",
         ),
         (["CHANGED"], "is not what its own hash says"),
+        (["RESEALED"], f"^folder: .*{RECEIPT_NAME} is no receipt .forget.rows is missing.; give the file as"),
         (["OTHER"], "^runs: .*trainer_state.json is of 7 steps, and the receipt beside it of 3"),
         (["BROKEN"], "^runs: .*trainer_state.json is no state of a Trainer"),
     ],
@@ -425,12 +429,14 @@ def test_bad_input_is_named_and_nothing_is_written(words, sentence, tmp_path, mo
     write_folder(tmp_path / "RUN")
     receipt = write_folder(tmp_path / "CHANGED") / RECEIPT_NAME
     receipt.write_text(receipt.read_text().replace("local", "mean"))
+    resealed = write_folder(tmp_path / "RESEALED") / RECEIPT_NAME
+    resealed.write_text(as_text(sealed({**json.loads(resealed.read_text()), "forget": {}})))
     write_folder(tmp_path / "OTHER", steps=7)
     (write_folder(tmp_path / "BROKEN") / "trainer_state.json").write_text("[")
     (tmp_path / "OTHER" / "recipe.yaml").write_text("runs: RUN\n")
     with pytest.raises(ValueError, match=sentence):
         report_cli.main(words)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["BROKEN", "CHANGED", "OTHER", "RUN"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BROKEN", "CHANGED", "OTHER", "RESEALED", "RUN"]
 
 
 def screenshot(chromium: str, page: Path) -> Image.Image:

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
@@ -15,11 +16,14 @@ from transformers import BitsAndBytesConfig
 
 from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.card import Words, has_figures_of, model_card
+from rfa_llm.cli import publish as publish_cli
 from rfa_llm.cli import verify as verify_cli
 from rfa_llm.cli.verify import VerifyArguments, compared, verify
 from rfa_llm.receipt import (
     RECEIPT_NAME,
     SALT_NAME,
+    adapter_digests,
+    as_text,
     new_salt,
     read_adapter_config,
     read_receipt,
@@ -53,9 +57,22 @@ def adapter(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
 
 
+FIGURES = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
+
+
+def verified(folder: Path, **given) -> pd.DataFrame:
+    return verify(VerifyArguments(folder=str(folder), use_cpu=True, **given))
+
+
 def failed(folder: Path, **given) -> list[str]:
-    checks = verify(VerifyArguments(folder=str(folder), use_cpu=True, **given))
+    checks = verified(folder, **given)
     return checks.loc[~checks["passed"], "check"].tolist()
+
+
+def unmeasured(checks: pd.DataFrame) -> dict[str, str]:
+    """The lines of what was not measured, and what they say."""
+    checks = checks[checks["passed"].isna()]
+    return dict(zip(checks["check"], checks["found"], strict=True))
 
 
 def forge(folder: Path, change) -> None:
@@ -64,7 +81,7 @@ def forge(folder: Path, change) -> None:
     change(receipt)
     card = str(model_card(receipt, Words("some rows", "model"), "adapter", read_adapter_config(folder)))
     (folder / "README.md").write_text(card)
-    (folder / RECEIPT_NAME).write_text(json.dumps(with_card(receipt, card)))
+    (folder / RECEIPT_NAME).write_text(as_text(with_card(receipt, card)))
 
 
 def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
@@ -76,18 +93,11 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
         VerifyArguments(folder=str(adapter), use_cpu=True, salt=str(tmp_path / "salt"), tolerance=1e-4, **given)
     )
     assert checks["passed"].all(), checks.to_string()
-    figures = [f"{name}_answer_loss, {when}" for when in ("before", "after") for name in ("forget", "retain")]
+    figures = FIGURES
     assert checks["check"].tolist() == [
         *("receipt", "model card", "model card's figures", "adapter's weights", "adapter's configuration"),
-        *(
-            "tokenizer",
-            "base's name",
-            "rows to forget",
-            "rows in the request",
-            "rows to keep",
-            "retain set",
-            "base's weights",
-        ),
+        *("tokenizer", "base's name", "rows to forget", "receipt's figures"),
+        *("rows in the request", "rows to keep", "retain set", "base's weights"),
         *("base's configuration", *figures[:2]),
         *("adapter on its base", *figures[2:]),
     ]
@@ -96,9 +106,12 @@ def test_all_is_as_the_receipt_says(adapter, forget, tmp_path):
 def test_some_rows_of_the_request_are_proved_and_give_no_figure(adapter, forget, tmp_path):
     path = str(tmp_path / "some.jsonl")
     forget.select([4, 1]).to_json(path)
-    checks = verify(VerifyArguments(folder=str(adapter), use_cpu=True, forget=path))
-    assert checks["passed"].all() and "2 of the 2 given" in checks["found"].tolist()
-    assert not checks["check"].str.contains("loss").any()
+    checks = verified(adapter, forget=path)
+    assert checks["passed"].all() and "2 of the 2 given; the request has 6" in checks["found"].tolist()
+    forget_why, retain_why = "2 of the request's 6 rows are given", "give the whole set as --retain"
+    assert list(unmeasured(checks).items()) == [
+        (figure, f"not measured: {forget_why if figure.startswith('forget') else retain_why}") for figure in FIGURES
+    ]
     concatenate_datasets([forget.select([4, 1]), tiny_rows(1, first=40)]).to_json(path)
     assert failed(adapter, forget=path) == ["rows in the request"]
 
@@ -109,9 +122,19 @@ def test_a_foreign_salt_proves_nothing(adapter, tmp_path):
     assert failed(adapter, salt=str(tmp_path / "salt"), **given) == ["rows in the request", "retain set"]
 
 
+def test_a_row_that_is_given_six_times_is_proved_once(adapter, forget, tmp_path):
+    forget.select([4] * 6).to_json(tmp_path / "forget.jsonl")
+    checks = verified(adapter, forget=str(tmp_path / "forget.jsonl"))
+    assert checks.loc[checks["passed"] == False, ["check", "found"]].values.tolist() == [  # noqa: E712
+        ["rows in the request", "1 of the 6 given; the request has 6"]
+    ]
+
+
 def test_another_retain_set(adapter, retain, tmp_path):
     retain.select(range(9)).to_json(tmp_path / "retain.jsonl")
-    assert "retain set" in failed(adapter, retain=str(tmp_path / "retain.jsonl"))
+    checks = verified(adapter, retain=str(tmp_path / "retain.jsonl"))
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["rows to keep", "retain set"]
+    assert unmeasured(checks)["retain_answer_loss, after"] == "not measured: the rows given are not the retain set"
 
 
 def test_a_base_whose_last_byte_is_another(adapter, saved_llama, tokenizer, tmp_path):
@@ -170,6 +193,32 @@ def test_a_base_of_the_same_weights_that_computes_otherwise(field, adapter, save
     assert failed(adapter, model_name_or_path=saved_llama) == ["base's configuration"]
 
 
+HUB_CARD = """---
+configs:
+- config_name: forget10
+  data_files: [{split: test, path: forget.jsonl}]
+- config_name: retain90
+  data_files: [{split: test, path: retain.jsonl}]
+---
+"""
+
+
+def test_sets_of_the_hub_are_named_as_for_the_training(adapter, forget, tmp_path, monkeypatch):
+    # A folder is read as a Hub dataset is, without the network.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "README.md").write_text(HUB_CARD)
+    config = {"forget_config": "forget10", "retain_config": "retain90"}
+    checks = verified(adapter, forget=str(tmp_path), retain=str(tmp_path), dataset_split="test", **config)
+    assert checks["passed"].fillna(False).all(), checks.to_string()
+    with pytest.raises(ValueError, match="train"):
+        verified(adapter, forget=str(tmp_path), **config)
+
+    words = ["--base_model", "me/base", "--forgotten", forget[1]["answer"], "--forget_dataset", str(tmp_path)]
+    words += ["--forget_config", "forget10", "--dataset_split", "test"]
+    with pytest.raises(ValueError, match="^forgotten: text of row 1 of the forget set is in README.md"):
+        publish_cli.main([str(adapter), "me/adapter", *words])
+
+
 def test_an_adapter_that_was_changed(adapter, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 3 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
@@ -198,7 +247,75 @@ def test_numbers_and_figures_that_nothing_stands_behind(adapter, saved_llama):
     assert failed(adapter, model_name_or_path=saved_llama) == ["rows to forget"]
     forge(adapter, lambda receipt: receipt["forget"].update(rows=6))
     forge(adapter, lambda receipt: receipt["metrics"]["after"].update(forget_quality=1.0))
-    assert failed(adapter, model_name_or_path=saved_llama) == ["figures, after"]
+    assert failed(adapter, model_name_or_path=saved_llama) == ["receipt's figures"]
+
+
+def test_a_row_that_nobody_asked_for_hides_no_figure(adapter, tmp_path):
+    def hide(receipt):
+        receipt["forget"]["row_hashes"].append("0" * 64)
+        receipt["forget"]["rows"] += 1
+        receipt["metrics"]["after"]["forget_answer_loss"] = 99.0
+
+    forge(adapter, hide)
+    checks = verified(
+        adapter, forget=str(tmp_path / "forget.jsonl"), retain=str(tmp_path / "retain.jsonl"), tolerance=1e-4
+    )
+    assert checks["passed"].all()
+    why = "not measured: 6 of the request's 7 rows are given"
+    assert unmeasured(checks) == {"forget_answer_loss, before": why, "forget_answer_loss, after": why}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda metrics: metrics.clear(),
+            "3 steps were trained, and ['forget_answer_loss, before', 'retain_answer_loss, before', "
+            "'forget_answer_loss, after', 'retain_answer_loss, after'] are missing",
+        ),
+        (
+            lambda metrics: metrics["after"].pop("retain_answer_loss"),
+            "3 steps were trained, and ['retain_answer_loss, after'] are missing",
+        ),
+        # The card would show it as a model's that never saw the set.
+        (
+            lambda metrics: metrics.update(retain_only={"forget_quality": 0.99}),
+            "no training and no evaluation writes ['retain_only']",
+        ),
+        (
+            lambda metrics: metrics.update(evaluation={"best": {"forget_quality": 0.99}}),
+            "no training and no evaluation writes ['best']",
+        ),
+        (
+            lambda metrics: metrics["after"].update(forget_quality=0.99),
+            "no training and no evaluation writes ['forget_quality, after']",
+        ),
+    ],
+)
+def test_figures_that_are_missing_or_that_nothing_measures(change, found, adapter, saved_llama):
+    forge(adapter, lambda receipt: change(receipt["metrics"]))
+    checks = verified(adapter, model_name_or_path=saved_llama)
+    assert checks.loc[~checks["passed"], ["check", "found"]].values.tolist() == [["receipt's figures", found]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"(\| forget answer loss .*\n)", r"\1| forget quality | 0.01 | 0.99 |\n"),
+        # A row of one cell, in Markdown.
+        (r"(\| retain answer loss .*\n)", r"\1forget quality after: 0.99\n"),
+        (r"\n## Limits", "\n | forget quality |\n | --- |\n | 0.99 |\n\n## Limits"),
+        (r"\| learning_rate \| .* \|", "| learning_rate | 1.0 |"),
+        (r"\| seed \| 42 \|\n", ""),
+    ],
+)
+def test_a_table_of_the_card_that_is_not_the_receipts_is_told_although_its_hash_is_right(
+    pattern, new, adapter, saved_llama
+):
+    replace(adapter / "README.md", pattern, new)
+    receipt = with_card(read_receipt(adapter), (adapter / "README.md").read_text())
+    (adapter / RECEIPT_NAME).write_text(as_text(receipt))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["model card's figures"]
 
 
 def test_a_receipt_of_another_format_is_refused(adapter):
@@ -281,19 +398,115 @@ def test_a_change_of_anything_in_the_receipt_is_told(adapter):
             failed(adapter)
 
 
-@pytest.mark.parametrize("part", ["metrics", "card", "adapter"])
-def test_a_receipt_that_lacks_a_part_is_none(part, adapter):
+LOSS = '"forget_answer_loss"'
+FALSE = '"metrics": {"after": {"forget_answer_loss": 99.0}}'
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # JSON keeps the second of two keys, and whoever reads the file sees the first.
+        (lambda text: text.replace("{", f"{{\n  {FALSE},", 1), r"is no receipt \(.*it has the key 'metrics' twice"),
+        (lambda text: text.replace(LOSS, f"{LOSS}: 99.0, {LOSS}"), "is no receipt"),
+        (lambda text: text.replace(LOSS, f'"forget\\u005fanswer_loss": 99.0, {LOSS}'), "is no receipt"),
+        (lambda text: " " + text, "is not laid out as a receipt is"),
+        (lambda text: text.replace("\n", "\r\n"), "is not laid out as a receipt is"),
+        (lambda text: json.dumps(json.loads(text), indent=1), "is not laid out as a receipt is"),
+        (lambda text: "[" * 100_000, "is no receipt"),
+    ],
+)
+def test_bytes_that_no_hash_covers_are_told(change, sentence, adapter):
+    file = adapter / RECEIPT_NAME
+    file.write_bytes(change(file.read_text()).encode())
+    with pytest.raises(ValueError, match=f"^folder: .*{RECEIPT_NAME} {sentence}.* as it was written"):
+        failed(adapter)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("metrics", None, "metrics is None"),
+        ("metrics", [], "metrics is []"),
+        ("metrics.before", [], "metrics.before is []"),
+        ("metrics.after.forget_answer_loss", "99", "metrics.after.forget_answer_loss is '99'"),
+        ("metrics.evaluation", {"after": {"model_utility": None}}, "metrics.evaluation.after.model_utility is None"),
+        ("card", 5, "card is 5"),
+        ("adapter", {}, "adapter.weights is missing"),
+        ("base_model", {}, "base_model.name is missing"),
+        ("base_model.revision", 2, "base_model.revision is 2"),
+        ("base_model.quantization", {}, "base_model.quantization.quant_method is missing"),
+        ("settings", {}, "settings.steps is missing"),
+        ("settings.max_length", "20", "settings.max_length is '20'"),
+        ("forget", {}, "forget.rows is missing"),
+        ("forget.row_hashes", ["a", {}], "forget.row_hashes is {}"),
+        ("retain", [{"rows": 10}], "retain is [{'rows': 10}]"),
+    ],
+)
+def test_a_receipt_that_lacks_what_is_read_is_none(path, value, said, adapter):
     receipt = read_receipt(adapter)
-    del receipt[part]
-    (adapter / RECEIPT_NAME).write_text(json.dumps(sealed(receipt)))
-    with pytest.raises(ValueError, match=rf"is no receipt \(it lacks \['{part}'\]\); give the file as it was"):
+    *above, last = path.split(".")
+    place = receipt
+    for key in above:
+        place = place[key]
+    place[last] = value
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    sentence = f"{adapter / RECEIPT_NAME} is no receipt ({said}); give the file as it was written."
+    with pytest.raises(ValueError, match=f"^folder: {re.escape(sentence)}$"):
         failed(adapter)
 
 
-def test_files_that_are_cut_short_are_one_sentence(adapter):
-    (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="^folder: .*adapter_config.json is no JSON .*; give the file as it was"):
-        failed(adapter)
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("adapter_config.json", lambda file: file.write_text("{"), "no adapter's configuration (Expecting"),
+        ("adapter_config.json", lambda file: file.write_text("[]"), "(all of it is [])"),
+        ("adapter_config.json", lambda file: file.write_text("{}"), "(base_model_name_or_path is missing)"),
+        ("adapter_config.json", partial(set_json, revision=7), "(revision is 7)"),
+        ("adapter_config.json", partial(replace, pattern=r"^\{", new='{"r": 64,'), "(it has the key 'r' twice)"),
+        ("adapter_config.json", Path.unlink, "has no adapter_config.json; give the folder"),
+        ("adapter_model.safetensors", Path.unlink, "has no adapter_model.safetensors; give the folder"),
+    ],
+)
+def test_files_of_no_adapter_end_the_checks_with_their_list(file, change, said, adapter):
+    change(adapter / file)
+    checks = verified(adapter)
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["adapter's files"]
+    assert said in checks.loc[~checks["passed"], "found"].item()
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, "not measured: the adapter cannot be read")
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "FOO"}, {"r": "x"}, {"lora_alpha": "x"}, {"target_modules": 5}])
+def test_a_configuration_that_peft_cannot_read_is_told_by_its_name(change, adapter, saved_llama):
+    set_json(adapter / "adapter_config.json", **change)
+    # Nothing is loaded: there is no such base.
+    checks = verified(adapter, model_name_or_path="no/where")
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["adapter's configuration"]
+    why = "not measured: the adapter's configuration is not the receipt's"
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, why)
+    words = ["--forgotten", "some rows", "--base_model", "me/base"]
+    with pytest.raises(ValueError, match=f"^folder: the adapter in .* is not the one of its {RECEIPT_NAME}"):
+        publish_cli.main([str(adapter), "me/adapter", *words])
+    # Nor is it one where the receipt was made for it.
+    receipt = {**read_receipt(adapter), "adapter": adapter_digests(adapter)}
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    assert failed(adapter, model_name_or_path=saved_llama) == ["adapter on its base"]
+
+
+def test_a_base_of_another_name_is_not_loaded(adapter):
+    set_json(adapter / "adapter_config.json", base_model_name_or_path="no/where")
+    assert failed(adapter) == ["base's name"]
+
+
+def test_a_base_that_does_not_load_is_told_by_its_name(adapter, saved_llama, tmp_path):
+    given = {"model_name_or_path": saved_llama, "forget": str(tmp_path / "forget.jsonl")}
+    cut(Path(saved_llama) / "model.safetensors")
+    checks = verified(adapter, **given)
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["base's weights"]
+    assert unmeasured(checks) == dict.fromkeys(FIGURES, "not measured: the base does not load")
+    tiny_llama().save_pretrained(saved_llama)
+    assert failed(adapter, **given) == []
+    forge(adapter, lambda receipt: receipt["base_model"].update(dtype="float1"))
+    assert failed(adapter, **given) == ["base's weights"]
 
 
 def test_a_card_whose_front_matter_is_broken_has_no_figures(adapter):
@@ -317,8 +530,17 @@ def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):
         }
 
     forge(adapter, publish)
+    checks = verified(adapter, log=str(log))
+    assert checks.loc[~checks["passed"], "check"].tolist() == ["model_utility, evaluation after"]
     # A figure that was published and is not measured again is no proof.
-    assert failed(adapter, log=str(log)) == ["model_utility, evaluation after", "privleak, evaluation after"]
+    why = {line: found for line, found in unmeasured(checks).items() if "evaluation" in line}
+    assert why == {
+        "privleak, evaluation after": "not measured: the new log has none",
+        "forget_prob, evaluation before": "not measured: give a new log as --before_log",
+        "model_utility, evaluation before": "not measured: give a new log as --before_log",
+        "forget_prob, evaluation retain_only": "not measured: give a new log as --retain_log",
+        "model_utility, evaluation retain_only": "not measured: give a new log as --retain_log",
+    }
     assert failed(adapter, before_log=str(log)) == ["forget_prob, evaluation before"]
     assert failed(adapter, retain_log=str(log)) == ["model_utility, evaluation retain_only"]
 
@@ -352,7 +574,8 @@ def test_rows_that_the_training_had_cut_are_cut_again(make_trainer, saved_llama,
 def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path, capsys):
     verify_cli.main([str(adapter), "--use_cpu", "true"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 11 and "FAIL" not in printed and "base's weights" in printed
+    assert printed.count("ok  ") == 12 and "FAIL" not in printed and "base's weights" in printed
+    assert re.findall("^--    (.*?) +not measured: give", printed, re.M) == FIGURES
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
     with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])
@@ -383,4 +606,16 @@ def test_close_is_absolute_for_small_figures_and_a_share_of_large_ones():
         True,
     ]
     assert [passed for _, passed, _ in compared("x", {"small": 0.03, "large": 102.0}, published, 0.015)] == [False] * 2
-    assert [passed for _, passed, _ in compared("x", {}, published, 0.015)] == [False, False]
+    assert compared("x", {}, published, 0.015) == []
+    # One that was left out of the receipt is told.
+    assert compared("x", {"other": 0.5}, published, 0.015) == [("other, x", None, "0.5, and the receipt has none")]
+
+
+@pytest.mark.parametrize(
+    ("found", "published", "close"),
+    [(0.0509, 0.031, False), (1e-12, 0.0199, False), (0.0, 1e-9, False), (1.01e-12, 1e-12, True), (0.98, 0.99, True)],
+)
+def test_p_values_are_compared_by_their_size(found, published, close):
+    quality = {"forget_quality": published, "forget_prob": published}
+    checks = compared("after", dict.fromkeys(quality, found), quality, 0.02)
+    assert [passed for _, passed, _ in checks] == [close, True]

@@ -62,7 +62,7 @@ def read_adapter(adapter: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(adapter)
         load_peft_weights(adapter, device="cpu")
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(
             f"adapter_name_or_path: {adapter!r} is no adapter ({error}); pass the folder that `rfa-llm unlearn` "
             "wrote, or a Hub id."

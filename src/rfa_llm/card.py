@@ -69,13 +69,25 @@ def model_card(receipt: dict, words: Words, name: str, adapter: dict) -> ModelCa
 
 
 def has_figures_of(card: str, receipt: dict) -> bool:
-    """Whether a card's tables and its front matter say what the receipt's metrics say."""
+    """Whether a card's tables and its front matter say what the receipt says, and no more."""
     try:
         results = ModelCard(card).data.eval_results or []
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, TypeError, yaml.YAMLError):
         return False
     shown = {result.metric_type: result.metric_value for result in results}
-    return _figures(receipt) in card and shown == _evaluations(receipt).get("after", {})
+    figures = _figures(receipt)
+    return (
+        # A row may stand below a table without a line of its own.
+        f"\n## Figures\n\n{figures}\n\n## How to load it\n" in card
+        and _rows(card) == _rows(f"{figures}\n{_settings(receipt)}")
+        and len(results) == len(shown)
+        and shown == _evaluations(receipt).get("after", {})
+    )
+
+
+def _rows(text: str) -> list[str]:
+    """The lines of the tables of a Markdown text."""
+    return [line for line in text.splitlines() if line.lstrip().startswith("|")]
 
 
 def _evaluations(receipt: dict) -> dict[str, dict[str, float]]:
@@ -104,7 +116,6 @@ def _eval_results(receipt: dict, words: Words) -> list[EvalResult]:
 
 
 def _text(receipt: dict, words: Words, name: str, adapter: dict) -> str:
-    settings = "\n".join(f"| {setting} | {value} |" for setting, value in receipt["settings"].items())
     revision = receipt["base_model"]["revision"]
     at_revision = f', revision="{revision}"' if revision else ""
     began = "" if receipt["settings"]["new_adapter"] else ", with an adapter that was not new"
@@ -150,9 +161,7 @@ rfa-llm merge --adapter_name_or_path {name} {_bits(receipt)}--sample_dataset ROW
 {method}, {receipt["settings"]["steps"]} steps over {receipt["forget"]["rows"]} rows to forget and
 {receipt["retain"]["rows"]} to keep{began}.
 
-| setting | value |
-| --- | --- |
-{settings}
+{_settings(receipt)}
 
 ## Limits
 
@@ -193,6 +202,11 @@ model if that must not happen, or if vLLM takes no adapters on this architecture
 vllm serve {words.base_model} --enable-lora --max-lora-rank {rank} --lora-modules forgotten={name} \\
     --dtype {base["dtype"]}{at_revision}
 ```"""
+
+
+def _settings(receipt: dict) -> str:
+    lines = [f"| {setting} | {value} |" for setting, value in receipt["settings"].items()]
+    return "\n".join(["| setting | value |", "| --- | --- |", *lines])
 
 
 def _figures(receipt: dict) -> str:

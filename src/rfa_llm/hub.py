@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,7 +66,7 @@ def check_words(words: Words) -> None:
     """Check that a card can be published with these words.
 
     Raises:
-        ValueError: What was forgotten is not said.
+        ValueError: What was forgotten is not said, or a figure is NaN.
         TypeError: The datasets are text.
     """
     if isinstance(words.datasets, str):
@@ -76,6 +77,13 @@ def check_words(words: Words) -> None:
             "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
             "forget set."
         )
+    for when, figures in words.evaluations.items():
+        for name, value in figures.items():
+            if math.isnan(value):
+                raise ValueError(
+                    f"evaluations: {name!r} of {when!r} is {value}, and nobody can measure that again; evaluate the "
+                    "model anew, or leave that evaluation out."
+                )
 
 
 def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str, bytes | Path]:

@@ -15,10 +15,11 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from datetime import datetime, timezone
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from statistics import fmean
 
@@ -46,22 +47,29 @@ FORMAT = 2
 PACKAGES = ("rfa-llm", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Inherited settings that say how much was trained.
 LENGTH = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
-# What every receipt holds beside its own hash; "card" comes last.
-PARTS = (
-    "format",
-    "made_at",
-    "versions",
-    "machine",
-    "base_model",
-    "adapter",
-    "tokenizer",
-    "method",
-    "settings",
-    "forget",
-    "retain",
-    "metrics",
-    "card",
-)
+# What is read of a receipt and of an adapter's configuration, as `misfits` takes it.
+RECEIPT_KIND = {
+    "made_at": str,
+    "versions": dict,
+    "machine": dict,
+    "base_model": {
+        "name": str,
+        "revision": (str, None),
+        "dtype": str,
+        "quantization": ({"quant_method": str}, None),
+        "weights": str,
+        "config": str,
+    },
+    "adapter": {"weights": str, "config": str},
+    "tokenizer": {"*": str},
+    "method": str,
+    "settings": {"steps": int, "max_length": (int, None)},
+    "forget": {"rows": int, "row_hashes": [str]},
+    "retain": {"rows": int, "hash": str},
+    "metrics": {"before?": {"*": Real}, "after?": {"*": Real}, "evaluation?": {"*": {"*": Real}}},
+    "card": str,
+}
+ADAPTER_KIND = {"base_model_name_or_path": (str, None), "revision": (str, None)}
 # The name of a base that was handed over as an object, and of which nobody knows where it lies.
 IN_MEMORY = "in memory"
 # Files with the words and pieces of words that a tokenizer knows.
@@ -105,6 +113,59 @@ def machine() -> dict:
 def public_name(name: str) -> str:
     """A model's id as it is; of a folder only its own name, for the path would tell of the machine."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def read_json(path: Path) -> tuple[object, bytes]:
+    """What is in a JSON file, and its bytes.
+
+    Raises:
+        ValueError: It is no JSON, or an object in it has a key twice: JSON keeps the second, and a reader sees the
+            first.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"it has the key {twice[0]!r} twice")
+        return dict(pairs)
+
+    content = path.read_bytes()
+    try:
+        return json.loads(content.decode(), object_pairs_hook=once), content
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+
+
+def misfits(value: object, kind: type | tuple | list | dict, path: str = "") -> Iterator[str]:
+    """What of a value from JSON is missing, or of another type than it is read as.
+
+    Args:
+        value: From `read_json`.
+        kind: A type; `(kind, None)` where null may stand too; `[kind]` for a list; a dict for an object's keys, where
+            "?" ends the name of a key that may be missing and "*" stands for each key.
+        path: Where the value stands, such as "forget.rows".
+
+    Yields:
+        A few words for each.
+    """
+    if isinstance(kind, tuple):
+        if value is None:
+            return
+        kind = kind[0]
+    if not isinstance(value, kind if isinstance(kind, type) else type(kind)):
+        yield f"{path or 'all of it'} is {value!r:.60}"
+    elif isinstance(kind, list):
+        for one in value:
+            yield from misfits(one, kind[0], path)
+    elif isinstance(kind, dict):
+        for key, inner in kind.items():
+            for name in value if key == "*" else [key.removesuffix("?")]:
+                where = f"{path}.{name}".lstrip(".")
+                if name in value:
+                    yield from misfits(value[name], inner, where)
+                elif not key.endswith("?"):
+                    yield f"{where} is missing"
 
 
 # ---- the sets ----
@@ -156,7 +217,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     """What is in an adapter's `adapter_config.json`.
 
     Raises:
-        ValueError: There is none, or it is no JSON.
+        ValueError: There is none, or it is no JSON, has a key twice, or does not say where its base is.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -164,9 +225,13 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
             f"folder: {str(folder)!r} has no {CONFIG_NAME}; give the folder that `rfa-llm unlearn` wrote."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config, _ = read_json(path)
+        wrong = next(misfits(config, ADAPTER_KIND), None)
     except ValueError as error:
-        raise ValueError(f"folder: {path} is no JSON ({error}); give the file as it was written.") from error
+        wrong = error
+    if wrong is not None:
+        raise ValueError(f"folder: {path} is no adapter's configuration ({wrong}); give the file as it was written.")
+    return config
 
 
 def base_of(config: dict) -> dict[str, str | None]:
@@ -315,34 +380,38 @@ def write_receipt(folder: str | os.PathLike, receipt: dict, salt: str) -> None:
         part = Path(folder) / f".{name}.part"
         part.unlink(missing_ok=True)
         part.touch(mode=0o600 if name == SALT_NAME else 0o666)
-        part.write_text(text, encoding="utf-8")
+        # As bytes, with the same line ends everywhere.
+        part.write_bytes(text.encode())
         os.replace(part, Path(folder) / name)
 
 
 def read_receipt(folder: str | os.PathLike) -> dict:
-    """The receipt beside an adapter, which is what its own hash says.
+    """The receipt beside an adapter: what its own hash says, and byte for byte as `write_receipt` writes it.
 
     Raises:
-        ValueError: There is none, or it was changed after it had been written.
+        ValueError: There is none, it was changed after it had been written, or what is read of it is missing.
     """
     path = Path(folder) / RECEIPT_NAME
     if not path.is_file():
         raise ValueError(
-            f"folder: {str(folder)!r} has no {RECEIPT_NAME}; give the folder that `rfa-llm unlearn` wrote."
+            f"folder: {str(folder)!r} has no {RECEIPT_NAME}; give the folder that `rfa-llm unlearn` wrote, or what "
+            "`hf download` brings of a published adapter."
         )
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt, content = read_json(path)
         intact = receipt["sha256"] == sealed(receipt)["sha256"]
-        missing = [part for part in PARTS if part not in receipt]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"folder: {path} is no receipt ({error!r}); give the file as it was written.") from error
     if not intact:
         raise ValueError(f"folder: {path} is not what its own hash says; give the file as it was written.")
-    if missing:
-        raise ValueError(f"folder: {path} is no receipt (it lacks {missing}); give the file as it was written.")
-    if receipt["format"] != FORMAT:
+    if content != as_text(receipt).encode():
+        raise ValueError(f"folder: {path} is not laid out as a receipt is; give the file as it was written.")
+    if receipt.get("format") != FORMAT:
         raise ValueError(
-            f"folder: {path} is of format {receipt['format']}, and this rfa-llm reads format {FORMAT}; use the one "
-            "that wrote it."
+            f"folder: {path} is of format {receipt.get('format')}, and this rfa-llm reads format {FORMAT}; use the "
+            "one that wrote it."
         )
+    wrong = next(misfits(receipt, RECEIPT_KIND), None)
+    if wrong is not None:
+        raise ValueError(f"folder: {path} is no receipt ({wrong}); give the file as it was written.")
     return receipt

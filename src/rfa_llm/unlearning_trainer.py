@@ -54,6 +54,7 @@ from .receipt import (
     figure_rows,
     make_receipt,
     new_salt,
+    public_name,
     read_adapter_config,
     with_card,
     write_receipt,

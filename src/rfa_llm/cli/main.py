@@ -45,7 +45,8 @@ def leading_words(argv: list[str], *names: str) -> list[str]:
 
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run a subcommand's `main`; bad input ends it with one sentence and exit code 1, `--debug` with the traceback."""
+    """Run a subcommand's `main`; bad input, or Ctrl-C, ends it with one sentence and exit code 1, `--debug` with the
+    traceback."""
     # What the libraries warn one another of is not for users of a command.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
@@ -57,6 +58,10 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
         if debug:
             raise
         sys.exit(f"rfa-llm: error: {error}")
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit("rfa-llm: stopped.")
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from peft import PeftConfig
 
 from rfa_llm.card import Words
 from rfa_llm.cli.main import leading_words
@@ -14,7 +13,7 @@ from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import base_on_hub, publish
-from rfa_llm.receipt import read_receipt
+from rfa_llm.receipt import read_adapter_config, read_receipt
 
 
 @dataclass
@@ -48,6 +47,10 @@ class PublishArguments:
         default=None,
         metadata={"help": "The forget set: it is checked that no text and no name of it goes up, and it stays here."},
     )
+    forget_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
     private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository; by default main."})
 
@@ -61,12 +64,14 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
     logs["retain_only"] = ("retain_log", args.retain_log)
     words = Words(
         forgotten=args.forgotten,
-        base_model=base_on_hub(args.base_model, PeftConfig.from_pretrained(args.folder).base_model_name_or_path),
+        base_model=base_on_hub(args.base_model, read_adapter_config(args.folder)["base_model_name_or_path"]),
         datasets=args.datasets or [],
         license=args.license,
         evaluations={model: summary(read_log(log, name)) for model, (name, log) in logs.items() if log is not None},
     )
-    forget_rows = () if args.forget_dataset is None else load_rows(args.forget_dataset, "forget_dataset")
+    forget_rows = ()
+    if args.forget_dataset is not None:
+        forget_rows = load_rows(args.forget_dataset, "forget_dataset", args.forget_config, args.dataset_split)
     return publish(
         args.folder, args.repo_id, words, forget_rows=forget_rows, private=args.private, revision=args.revision
     )

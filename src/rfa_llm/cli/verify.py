@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
-from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +41,13 @@ from rfa_llm.receipt import (
     tokenizer_digests,
 )
 
+# Published evaluations -> the settings that bring their new logs.
+LOGS = {"after": "log", "before": "before_log", "retain_only": "retain_log"}
+# Figures that `tolerance` is a share of alone.
+P_VALUES = {"forget_quality"}
+# What transformers and peft raise where a file holds what they do not expect.
+UNREADABLE = (TypeError, KeyError, AttributeError, SafetensorError)
+
 
 @dataclass
 class VerifyArguments:
@@ -57,6 +64,7 @@ class VerifyArguments:
     forget_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     retain: str | None = field(default=None, metadata={"help": "The whole retain set, likewise."})
     retain_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub datasets."})
     salt: str | None = field(
         default=None, metadata={"help": f"File with the run's salt. Default: {SALT_NAME} in the folder."}
     )
@@ -73,7 +81,10 @@ class VerifyArguments:
     )
     tolerance: float = field(
         default=0.02,
-        metadata={"help": "What a figure may be off, absolute or as a share of it: other machines round otherwise."},
+        metadata={
+            "help": "What a figure may be off, absolute or as a share of it, and forget_quality as a share alone: "
+            "other machines round otherwise."
+        },
     )
     batch_size: int = field(default=8, metadata={"help": "Answers scored at a time."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
@@ -86,13 +97,14 @@ class VerifyArguments:
 
 
 def verify(args: VerifyArguments) -> pd.DataFrame:
-    """Hold what is given against the receipt; go on after a check that fails.
+    """Hold what is given against the receipt; go on after a check that fails, as long as there is something to load.
 
     Args:
         args: `VerifyArguments(folder=...)` checks the hashes and the base; the sets add the request and the figures.
 
     Returns:
-        One row a check, with `check` (str), `passed` (bool) and `found` (str).
+        One row a check, with `check` (str), `passed` (boolean) and `found` (str). Each published figure has a row;
+        `passed` is `pandas.NA` where it was not measured, and `found` says why.
 
     Raises:
         ValueError: Bad input, or a receipt that was changed.
@@ -105,12 +117,23 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     def check(name: str, found: str, expected: str) -> None:
         checks.append((name, found == expected, found if found == expected else f"{found}, the receipt {expected}"))
 
+    # Why a set's losses, or an evaluation's figures, are not measured.
+    why = {name: f"give the whole set as --{name}" for name in ("forget", "retain")}
+    why |= {column: f"give a new log as --{name}" for column, name in LOGS.items()}
+
+    def without_losses(reason: str) -> pd.DataFrame:
+        return finished(receipt, checks, why | dict.fromkeys(("forget", "retain"), reason))
+
     card_file = Path(args.folder) / CARD_NAME
     card = card_file.read_bytes().decode(errors="replace") if card_file.is_file() else ""
     check("model card", hashlib.sha256(card.encode()).hexdigest(), receipt["card"])
     same = has_figures_of(card, receipt)
     checks.append(("model card's figures", same, "the receipt's" if same else "not the receipt's"))
-    adapter = adapter_digests(args.folder)
+    try:
+        adapter = adapter_digests(args.folder)
+    except ValueError as error:
+        checks.append(("adapter's files", False, str(error)))
+        return without_losses("the adapter cannot be read")
     check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
     check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
     tokenizer_files = tokenizer_digests(args.folder)
@@ -126,39 +149,58 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         found["name"] = Path(found["name"]).name
     check("base's name", str(found), str(named))
     check("rows to forget", str(len(receipt["forget"]["row_hashes"])), str(receipt["forget"]["rows"]))
+    wrong = wrong_figures(receipt)
+    checks.append(("receipt's figures", not wrong, wrong or "those of a training and of its evaluations"))
 
     # Before minutes of loading.
     salt, forget, retain = None, None, None
     if args.forget is not None or args.retain is not None:
         salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
     if args.forget is not None:
-        forget = load_rows(args.forget, "forget", args.forget_config)
-        hashes, asked = row_hashes(forget, salt), receipt["forget"]["row_hashes"]
-        known = len([one for one in hashes if one in set(asked)])
-        checks.append(("rows in the request", 0 < known == len(hashes), f"{known} of the {len(hashes)} given"))
+        forget = load_rows(args.forget, "forget", args.forget_config, args.dataset_split)
+        hashes = row_hashes(forget, salt)
+        given, asked = Counter(hashes), Counter(receipt["forget"]["row_hashes"])
+        # A row that was asked once is proved once.
+        known, number = (given & asked).total(), given.total()
+        proved = f"{known} of the {number} given; the request has {asked.total()}"
+        strange = next((index for index, one in enumerate(hashes) if one not in asked), None)
+        if strange is not None:
+            proved += f"; row {strange} (counted from 0) is another, or has other columns or another salt than there"
+        checks.append(("rows in the request", 0 < known == number, proved))
         # The figures are of the whole set.
-        forget = forget if hashes == asked else None
+        if given != asked:
+            forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"
     if args.retain is not None:
-        retain = load_rows(args.retain, "retain", args.retain_config)
+        retain = load_rows(args.retain, "retain", args.retain_config, args.dataset_split)
         check("rows to keep", str(len(retain)), str(receipt["retain"]["rows"]))
         check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
-    logs = {"log": ("after", args.log), "before_log": ("before", args.before_log)}
-    logs["retain_log"] = ("retain_only", args.retain_log)
-    for name, (column, log) in logs.items():
+        if not checks[-1][1]:
+            retain, why["retain"] = None, "the rows given are not the retain set"
+    for (column, name), log in zip(LOGS.items(), (args.log, args.before_log, args.retain_log), strict=True):
         published = receipt["metrics"].get("evaluation", {}).get(column)
         if log is not None and published is None:
             raise ValueError(
                 f"{name}: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
             )
         if log is not None:
-            checks += compared(f"evaluation {column}", summary(read_log(log)), published, args.tolerance)
+            checks += compared(f"evaluation {column}", summary(read_log(log, name)), published, args.tolerance)
+            why[column] = "the new log has none"
 
-    model = load_base(args, receipt)
+    failed = {name for name, passed, _ in checks if passed is False}
+    if "adapter's configuration" in failed or ("base's name" in failed and args.model_name_or_path is None):
+        # What would be loaded may be anything.
+        return without_losses("the adapter's configuration is not the receipt's")
+    try:
+        model = load_base(args, receipt)
+    except UNREADABLE as error:
+        checks.append(("base's weights", False, f"{type(error).__name__}: {error}".splitlines()[0]))
+        return without_losses("the base does not load")
     check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
     check("base's configuration", base_config_digest(model.config), receipt["base_model"]["config"])
     sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
     if tokenizer_files and changed:
         # Figures of other token ids would say nothing.
+        why |= dict.fromkeys(sets, "the tokenizer is not the receipt's")
         sets = {}
     if sets:
         tokenizer = load_tokenizer(args, model.name_or_path, beside=bool(tokenizer_files))
@@ -169,35 +211,72 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         if when == "after":
             try:
                 model = on_its_base(model, args.folder)
-            except (ValueError, SafetensorError) as error:
-                checks.append(("adapter on its base", False, str(error).splitlines()[0]))
+            except (ValueError, *UNREADABLE) as error:
+                checks.append(("adapter on its base", False, f"{type(error).__name__}: {error}".splitlines()[0]))
+                why |= dict.fromkeys(sets, "the adapter does not load on its base")
                 break
             checks.append(("adapter on its base", True, "it loads"))
-        published = receipt["metrics"].get(when, {})
-        strange = sorted(set(published) - {"forget_answer_loss", "retain_answer_loss"})
-        if strange:
-            checks.append((f"figures, {when}", False, f"{strange} are none that a training measures"))
         figures = answer_figures(model, sets, args.batch_size)
-        checks += compared(
-            when, figures, {name: published[name] for name in figures if name in published}, args.tolerance
-        )
-    return pd.DataFrame(checks, columns=["check", "passed", "found"])
+        checks += compared(when, figures, receipt["metrics"].get(when, {}), args.tolerance)
+    return finished(receipt, checks, why)
 
 
-def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[tuple[str, bool, str]]:
-    """A check for each published figure."""
+def wrong_figures(receipt: dict) -> str:
+    """Which figures nobody writes, or which are missing that every training writes; empty where all is well."""
+    metrics, evaluations = receipt["metrics"], receipt["metrics"].get("evaluation", {})
+    losses = {f"{name}_answer_loss" for name in ("forget", "retain")}
+    found = {when: set(metrics.get(when, {})) for when in ("before", "after")}
+    strange = [*sorted(metrics.keys() - {"evaluation", *found}), *sorted(evaluations.keys() - LOGS)]
+    strange += [f"{name}, {when}" for when, names in found.items() for name in sorted(names - losses)]
+    if strange:
+        return f"no training and no evaluation writes {strange}"
+    steps = receipt["settings"]["steps"]
+    missing = [f"{name}, {when}" for when, names in found.items() for name in sorted(losses - names)]
+    return f"{steps} steps were trained, and {missing} are missing" if steps > 0 and missing else ""
+
+
+def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[tuple[str, bool | None, str]]:
+    """A check for each figure that was measured again; a line for one that the receipt does not have."""
     checks = []
-    for name, expected in published.items():
-        found = figures.get(name, math.nan)
-        close = math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
-        checks.append((f"{name}, {what}", close, f"{found:.4f}, the receipt {expected:.4f}"))
+    for name, found in figures.items():
+        if name not in published:
+            checks.append((f"{name}, {what}", None, f"{found:.4g}, and the receipt has none"))
+            continue
+        # Small p-values differ by their size: 0.019 is not 1e-12.
+        absolute = 0.0 if name in P_VALUES else tolerance
+        close = math.isclose(found, published[name], rel_tol=tolerance, abs_tol=absolute)
+        checks.append((f"{name}, {what}", close, f"{found:.4g}, the receipt {published[name]:.4g}"))
     return checks
+
+
+def finished(receipt: dict, checks: list, why: dict[str, str]) -> pd.DataFrame:
+    """The checks, and a line for each published figure that none of them is of, as `verify` returns them.
+
+    Args:
+        receipt: From `read_receipt`.
+        checks: So far.
+        why: A set, or an evaluation -> why its figures are not measured.
+    """
+    metrics, done = receipt["metrics"], {name for name, *_ in checks}
+    figures = [
+        (f"{name}_answer_loss, {when}", name)
+        for when in ("before", "after")
+        for name in ("forget", "retain")
+        if f"{name}_answer_loss" in metrics.get(when, {})
+    ]
+    figures += [
+        (f"{name}, evaluation {column}", column)
+        for column in LOGS
+        for name in metrics.get("evaluation", {}).get(column, {})
+    ]
+    lines = [(line, None, f"not measured: {why[of]}") for line, of in figures if line not in done]
+    return pd.DataFrame([*checks, *lines], columns=["check", "passed", "found"]).astype({"passed": "boolean"})
 
 
 def revision(args: VerifyArguments) -> dict[str, str]:
     """That of the adapter's own base; a base that is given stands for itself."""
-    adapter = PeftConfig.from_pretrained(args.folder)
-    return {"revision": adapter.revision} if args.model_name_or_path is None and adapter.revision else {}
+    named = read_adapter_config(args.folder)["revision"]
+    return {"revision": named} if args.model_name_or_path is None and named else {}
 
 
 def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
@@ -240,7 +319,8 @@ def main(argv: list[str]) -> None:
     checks = verify(args)
     width = checks["check"].str.len().max()
     for check, passed, found in checks.itertuples(index=False):
-        print(f"{'ok  ' if passed else 'FAIL'}  {check:<{width}}  {found}")
+        mark = "--" if pd.isna(passed) else "ok" if passed else "FAIL"
+        print(f"{mark:<4}  {check:<{width}}  {found}")
     failed = checks.loc[~checks["passed"], "check"].tolist()
     if failed:
         raise ValueError(f"folder: {args.folder!r} is not what its receipt says: {', '.join(failed)}.")

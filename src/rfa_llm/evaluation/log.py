@@ -68,6 +68,13 @@ def read_log(path: str | os.PathLike, field: str = "log") -> dict:
                 f"{field}: {path} is no evaluation log: its entry {metric!r} has no 'agg_value'; "
                 "give the full log (TOFU_EVAL.json), not the summary."
             )
+        rows = value.get("value_by_index", {})
+        numbered = isinstance(rows, dict) and all(row.isdecimal() and isinstance(rows[row], dict) for row in rows)
+        if not numbered or not isinstance(value["agg_value"], (int, float, type(None))):
+            raise ValueError(
+                f"{path} is no evaluation log: the 'agg_value' of its entry {metric!r} is no number, or its "
+                "'value_by_index' no object of numbered rows; give the log as it was written."
+            )
     return log
 
 

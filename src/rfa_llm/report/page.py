@@ -315,7 +315,10 @@ def _figures(run: Run) -> Section:
     measured = run.receipt["metrics"]
     if "after" in measured:
         rows = [
-            [f"{name} set", *(_text(measured[when][f"{name}_answer_loss"]) for when in ("before", "after"))]
+            [
+                f"{name} set",
+                *(_text(measured.get(when, {}).get(f"{name}_answer_loss")) for when in ("before", "after")),
+            ]
             for name in ("forget", "retain")
         ]
         section.tables.append(Table(["answer loss in the training, nats a token", "before", "after"], rows))
