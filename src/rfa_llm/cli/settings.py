@@ -23,16 +23,16 @@ class SettingsParser(TrlParser):
     """Refuses text in a recipe where a list belongs; it would be read letter by letter."""
 
     def set_defaults_with_config(self, **settings) -> list[str]:
-        types = {name: type for one in self.dataclass_types for name, type in get_type_hints(one).items()}
+        hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
         for name, value in settings.items():
-            if isinstance(value, str) and name in types and _is_list(types[name]):
+            if isinstance(value, str) and name in hints and _is_list(hints[name]):
                 raise ValueError(f"{name}: {value!r} is text; give a list, such as [{value}].")
         return super().set_defaults_with_config(**settings)
 
 
-def _is_list(type: object) -> bool:
+def _is_list(hint: object) -> bool:
     """Whether a setting of this type is a list, or None, and nothing else."""
-    kinds = get_args(type) if get_origin(type) in (Union, UnionType) else (type,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return {get_origin(kind) for kind in kinds if kind is not NoneType} == {list}
 
 
