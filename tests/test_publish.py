@@ -360,6 +360,10 @@ BAD_INPUT = [
         "^forget_dataset row 0: question is 5; give text",
     ),
     (
+        ["ADAPTER", "me/adapter", *PUBLISH, "--forget_dataset", "OTHER"],
+        "^forget_dataset: 1 of the 6 rows that were forgotten are not in it; give the set of the training",
+    ),
+    (
         ["ADAPTER", "me/adapter", "--base_model", "me/base", "--forgotten", "w10 w11 w12 w13 ?"]
         + ["--forget_dataset", "FORGET"],
         "^forgotten: text of row 0 of the forget set is in README.md, which everybody could read",
@@ -371,10 +375,12 @@ def test_bad_input_is_named(adapter, secrets, tmp_path):
     from rfa_llm.cli import publish as publish_cli
 
     secrets.to_json(tmp_path / "forget.jsonl")
+    secrets.select(range(5)).to_json(tmp_path / "other.jsonl")
     (tmp_path / "numbers.jsonl").write_text('{"question": 5, "answer": "w1"}\n')
     (tmp_path / "recipe.yaml").write_text("datasets: me/a b\n")
     names = {"ADAPTER": str(adapter), "FORGET": str(tmp_path / "forget.jsonl")}
     names |= {"NUMBERS": str(tmp_path / "numbers.jsonl"), "RECIPE": str(tmp_path / "recipe.yaml")}
+    names["OTHER"] = str(tmp_path / "other.jsonl")
     for words, sentence in BAD_INPUT:
         with pytest.raises((ValueError, TypeError), match=sentence):
             publish_cli.main([names.get(word, word) for word in words])

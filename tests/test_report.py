@@ -102,7 +102,7 @@ def write_folder(folder: Path, log_history: list[dict] | None = None, steps: int
         "adapter": {"weights": "c", "config": "d"},
         "tokenizer": {},
         "method": "rfa",
-        "settings": {"alpha": 4.0, "shift": "local", "steps": 3, "max_length": None},
+        "settings": {"alpha": 4.0, "shift": "local", "steps": 3, "new_adapter": True, "max_length": None},
         "forget": {"rows": 4, "row_hashes": ["d"] * 4},
         "retain": {"rows": 9, "hash": "e"},
         "metrics": {

@@ -21,11 +21,14 @@ from .card import Words, model_card
 from .data.formats import texts
 from .receipt import (
     RECEIPT_NAME,
+    SALT_NAME,
     VOCABULARY_FILES,
     adapter_digests,
     as_text,
     read_adapter_config,
     read_receipt,
+    read_salt,
+    row_hashes,
     tokenizer_digests,
     with_card,
 )
@@ -284,7 +287,8 @@ def publish(
         repo_id: Such as "me/adapter".
         words: For the card.
         forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
-            publisher says, and what the receipt says of the run, shares no name with them (`check_said`).
+            publisher says, and what the receipt says of the run, shares no name with them (`check_said`). They must
+            be the rows that were forgotten, which the salt in the folder tells, where it is there.
         private: Whether a repository that is made is private.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.
@@ -318,6 +322,8 @@ def publish(
     evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
     said |= {"base_model": words.base_model, "evaluations": " ".join(evaluations)}
     check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
+    if forget_rows:
+        _check_request(Path(folder), forget_rows)
     api = HfApi(token=token)
     with hub_sentences(repo_id):
         _check_on_hub(api, repo_id, files[CARD_NAME].decode(), revision)
@@ -330,6 +336,19 @@ def publish(
             return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
     return commit() if blocking else api.run_as_future(commit)
+
+
+def _check_request(folder: Path, rows: list[dict]) -> None:
+    """Check that all rows of the request are among those given; without the run's salt nobody can tell."""
+    if not (folder / SALT_NAME).is_file():
+        return
+    asked = read_receipt(folder)["forget"]["row_hashes"]
+    missing = len(set(asked) - set(row_hashes(rows, read_salt(folder / SALT_NAME))))
+    if missing:
+        raise ValueError(
+            f"forget_dataset: {missing} of the {len(asked)} rows that were forgotten are not in it; give the set of "
+            "the training, in its format and columns."
+        )
 
 
 def _check_on_hub(api: HfApi, repo_id: str, card: str, revision: str | None) -> None:

@@ -63,7 +63,7 @@ RECEIPT_KIND = {
     "adapter": {"weights": str, "config": str},
     "tokenizer": {"*": str},
     "method": str,
-    "settings": {"steps": int, "max_length": (int, None)},
+    "settings": {"steps": int, "new_adapter": bool, "max_length": (int, None)},
     "forget": {"rows": int, "row_hashes": [str]},
     "retain": {"rows": int, "hash": str},
     "metrics": {"before?": {"*": Real}, "after?": {"*": Real}, "evaluation?": {"*": {"*": Real}}},

@@ -81,5 +81,7 @@ def main(argv: list[str]) -> None:
     usage = "%(prog)s FOLDER REPO_ID --forgotten WORDS [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
     (args,) = read_settings((PublishArguments,), "publish", leading_words(argv, "folder", "repo_id"), usage)
     commit = publish_adapter(args)
+    if args.forget_dataset is None:
+        print("\nNothing was searched for text or names of the forget set; --forget_dataset would have had it done.")
     print(f"\n{args.repo_id} holds the adapter now: {commit.commit_url}")
     print(f"The salt of its receipt stays in {Path(args.folder)}; keep it private.")

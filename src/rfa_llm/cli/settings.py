@@ -19,13 +19,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+# peft takes text here too, such as all-linear.
+TEXT_OR_LIST = {"lora_target_modules"}
+
+
 class SettingsParser(TrlParser):
     """Refuses text in a recipe where a list belongs; it would be read letter by letter."""
 
     def set_defaults_with_config(self, **settings) -> list[str]:
         hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
         for name, value in settings.items():
-            if isinstance(value, str) and name in hints and _is_list(hints[name]):
+            if isinstance(value, str) and name in hints.keys() - TEXT_OR_LIST and _is_list(hints[name]):
                 raise ValueError(f"{name}: {value!r} is text; give a list, such as [{value}].")
         return super().set_defaults_with_config(**settings)
 

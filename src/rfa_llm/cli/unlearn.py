@@ -12,6 +12,7 @@ from rfa_llm.cli.main import DTYPES
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
+from rfa_llm.receipt import read_receipt
 from rfa_llm.trainer import RFATrainer
 
 
@@ -107,12 +108,26 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     trainer.save_state()
     trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(
-        f"\n{residual_table(trainer)}\n\n{memory_report(metrics, training_args.device)}\n\n"
-        f"Adapter saved to {training_args.output_dir}."
-    )
+    if training_args.should_save:
+        losses = answer_table(read_receipt(training_args.output_dir)["metrics"])
+        print(
+            f"\n{residual_table(trainer)}\n\n{losses}\n\n{memory_report(metrics, training_args.device)}\n\n"
+            f"Adapter saved to {training_args.output_dir}."
+        )
     trainer.accelerator.end_training()
     return trainer
+
+
+def answer_table(metrics: dict[str, dict[str, float]]) -> str:
+    """What the receipt says of the answers, as text: how much was forgotten, and what it cost."""
+    losses = pd.DataFrame(
+        {
+            when: [metrics[when][f"{name}_answer_loss"] for name in ("forget", "retain")]
+            for when in ("before", "after")
+        },
+        index=["forget set", "retain set"],
+    )
+    return f"Mean loss of the answers, nats a token\n{losses.to_string(float_format='%.3f')}"
 
 
 def memory_report(metrics: dict[str, float], device: torch.device) -> str:

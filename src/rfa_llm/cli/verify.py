@@ -36,7 +36,7 @@ from rfa_llm.receipt import (
     read_adapter_config,
     read_receipt,
     read_salt,
-    row_hashes,
+    row_hash,
     set_hash,
     tokenizer_digests,
 )
@@ -158,7 +158,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
     if args.forget is not None:
         forget = load_rows(args.forget, "forget", args.forget_config, args.dataset_split)
-        hashes = row_hashes(forget, salt)
+        hashes = [row_hash(row, salt) for row in forget]
         given, asked = Counter(hashes), Counter(receipt["forget"]["row_hashes"])
         # A row that was asked once is proved once.
         known, number = (given & asked).total(), given.total()

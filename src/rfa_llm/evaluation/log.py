@@ -72,7 +72,7 @@ def read_log(path: str | os.PathLike, field: str = "log") -> dict:
         numbered = isinstance(rows, dict) and all(row.isdecimal() and isinstance(rows[row], dict) for row in rows)
         if not numbered or not isinstance(value["agg_value"], (int, float, type(None))):
             raise ValueError(
-                f"{path} is no evaluation log: the 'agg_value' of its entry {metric!r} is no number, or its "
+                f"{field}: {path} is no evaluation log: the 'agg_value' of its entry {metric!r} is no number, or its "
                 "'value_by_index' no object of numbered rows; give the log as it was written."
             )
     return log
