@@ -69,7 +69,7 @@ def check_words(words: Words) -> None:
     """Check that a card can be published with these words.
 
     Raises:
-        ValueError: What was forgotten is not said, or a figure is NaN.
+        ValueError: What was forgotten is not said, or a figure is no number.
         TypeError: The datasets are text.
     """
     if isinstance(words.datasets, str):
@@ -80,13 +80,9 @@ def check_words(words: Words) -> None:
             "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
             "forget set."
         )
-    for when, figures in words.evaluations.items():
-        for name, value in figures.items():
-            if math.isnan(value):
-                raise ValueError(
-                    f"evaluations: {name!r} of {when!r} is {value}, and nobody can measure that again; evaluate the "
-                    "model anew, or leave that evaluation out."
-                )
+    for figures in words.evaluations.values():
+        for metric, value in figures.items():
+            _number(metric, value)
 
 
 def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str, bytes | Path]:
@@ -97,7 +93,7 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
 
     Raises:
         ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of; or a figure
-            is no number.
+            is no number, or NaN, which nobody can measure again.
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
@@ -130,9 +126,12 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
 def _number(metric: str, value: object) -> float:
     """A published figure, which may come as a number of numpy or torch; YAML has no word for those."""
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluations: {metric} is {value!r}; give a number, or leave it out.") from error
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"evaluations: {metric} is {value!r}; give a number, or leave it out.")
+    return number
 
 
 def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
