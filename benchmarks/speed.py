@@ -73,7 +73,7 @@ SWEEPS = {
 }
 # glibc's mallopt(3): what is larger than so many bytes is a mapping of its own, which goes when it is freed.
 FREEING = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-PARTS = ["imports", "padding", "evaluation", "steps", "growth"]
+PARTS = ["imports", "padding", "evaluation", "steps", "memory", "growth"]
 NAMES = ("forget", "retain")
 
 
@@ -401,12 +401,11 @@ def median_seconds(part: dict) -> dict[str, float]:
     }
 
 
-def steps_table(part: dict) -> str:
-    """The main table: medians over all steps of all rounds, as shares of others'."""
+def steps_table(part: dict, over: dict[str, int]) -> str:
+    """The main table: medians over all steps of all rounds, and bytes over the base, as shares of others'."""
     by_method = {name: [run for run in part["runs"] if run["method"] == name] for name in METHODS}
     seconds = median_seconds(part)
     in_all = {name: statistics.median(one["seconds_in_all"] for one in runs) for name, runs in by_method.items()}
-    over = part["bytes_over_base"]
     lines = [
         "| method | time / NPO as shipped | time / NPO on LoRA | time / floor | whole run / NPO on LoRA | "
         "memory over base / NPO as shipped | GFLOP of a step | rate / matrix rate |",
@@ -452,7 +451,7 @@ def growth_table(result: dict) -> str:
 def report(result: dict) -> str:
     """speed.md, of what the JSON holds."""
     machine, parts = result["machine"], []
-    if "steps" in result:
+    if "steps" in result and "memory" in result:
         steps = result["steps"]
         parts.append(
             f"Written by `benchmarks/speed.py` on {machine['cores']} cores ({machine['cpu']}), bfloat16, "
@@ -462,7 +461,7 @@ def report(result: dict) -> str:
             "when `rfa` has its reference features in its cache; what fills it is in the whole run (at most three "
             "epochs of four steps). The operations are counted on one batch, those of attention left out.\n"
         )
-        parts.append(steps_table(steps))
+        parts.append(steps_table(steps, result["memory"]))
     if "growth" in result:
         parts.append("`rows` is the time of a whole epoch with the filling of the cache, the others that of a step.\n")
         parts.append(growth_table(result))
@@ -551,14 +550,14 @@ def main(argv: list[str]) -> None:
             for method in METHODS:
                 runs.append(in_a_process({**task, "method": method}))
                 print(method, runs[-1]["seconds_per_step"], flush=True)
-        memory = {method: in_a_process({**task, "method": method}, FREEING)["bytes_over_base"] for method in METHODS}
-        result["steps"] = {
-            "rounds": args.rounds,
-            "peak_flops": peak,
-            "peak_flops_source": source,
-            "runs": runs,
-            "bytes_over_base": memory,
-        }
+        result["steps"] = {"rounds": args.rounds, "peak_flops": peak, "peak_flops_source": source, "runs": runs}
+        keep()
+    if "memory" in args.parts:
+        result["memory"] = {}
+        for method in METHODS:
+            one = {**task, "method": method, "steps": WARMUP + 1}
+            result["memory"][method] = in_a_process(one, FREEING)["bytes_over_base"]
+            print(method, result["memory"][method], flush=True)
         keep()
     if "growth" in args.parts:
         result["growth"] = []
