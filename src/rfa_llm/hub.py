@@ -320,9 +320,12 @@ def publish(
     said |= {"license": words.license or "", "revision": revision or "", "commit_message": commit_message}
     evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
     said |= {"base_model": words.base_model, "evaluations": " ".join(evaluations)}
-    check_said({**text_settings(read_receipt(folder)["settings"]), **said}, forget_rows)
-    if forget_rows:
-        _check_request(Path(folder), forget_rows)
+    receipt = read_receipt(folder)
+    check_said({**text_settings(receipt["settings"]), **said}, forget_rows)
+    salt = Path(folder) / SALT_NAME
+    # Without it nobody can tell which rows were asked for.
+    if forget_rows and salt.is_file():
+        _check_request(receipt, forget_rows, read_salt(salt))
     api = HfApi(token=token)
     with hub_sentences(repo_id):
         _check_on_hub(api, repo_id, files[CARD_NAME].decode(), revision)
@@ -337,12 +340,10 @@ def publish(
     return commit() if blocking else api.run_as_future(commit)
 
 
-def _check_request(folder: Path, rows: list[dict]) -> None:
-    """Check that all rows of the request are among those given; without the run's salt nobody can tell."""
-    if not (folder / SALT_NAME).is_file():
-        return
-    asked = read_receipt(folder)["forget"]["row_hashes"]
-    missing = len(set(asked) - set(row_hashes(rows, read_salt(folder / SALT_NAME))))
+def _check_request(receipt: dict, rows: list[dict], salt: str) -> None:
+    """Check that all rows of the request are among those given."""
+    asked = receipt["forget"]["row_hashes"]
+    missing = len(set(asked) - set(row_hashes(rows, salt)))
     if missing:
         raise ValueError(
             f"forget_dataset: {missing} of the {len(asked)} rows that were forgotten are not in it; give the set of "

@@ -294,6 +294,12 @@ def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_si
 # ---- the receipt ----
 
 
+def own_settings(args: UnlearningConfig) -> list[str]:
+    """Names of the settings that a method has beside the Trainer's, but for those that change nothing (`FREE`)."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    return sorted({field.name for field in fields(args)} - inherited - FREE)
+
+
 def make_receipt(
     args: UnlearningConfig,
     method: str,
@@ -324,11 +330,9 @@ def make_receipt(
         salt: From `new_salt`.
         figures: "before" and "after", each from `answer_figures`; empty where they are not known.
     """
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = sorted({field.name for field in fields(args)} - inherited - FREE)
     values = args.to_dict()
     # The accelerator's precision need not be that of the arguments; what it took stands in `training`.
-    names = [name for name in (*own, *KEPT, *ORDER, *LENGTH) if name not in ("bf16", "fp16")]
+    names = [name for name in (*own_settings(args), *KEPT, *ORDER, *LENGTH) if name not in ("bf16", "fp16")]
     settings = {name: overrides.get(name, values[name]) for name in names}
     settings = {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     quantization = model.config.to_dict().get("quantization_config")

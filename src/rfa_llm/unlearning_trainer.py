@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -35,7 +33,6 @@ from .adapters import adapter_off, computing_in_model_dtype
 from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
 from .card import TAGS, Words, model_card
 from .checkpoints import (
-    FREE,
     METHOD_STATE_NAME,
     base_config_digest,
     base_model_digest,
@@ -54,6 +51,7 @@ from .receipt import (
     figure_rows,
     make_receipt,
     new_salt,
+    own_settings,
     public_name,
     read_adapter_config,
     with_card,
@@ -443,8 +441,7 @@ class UnlearningTrainer(Trainer):
         # The Trainer makes the repository as soon as it is made itself.
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
         # As the receipt will have them.
-        own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)} - FREE
-        settings = text_settings({name: getattr(args, name) for name in own})
+        settings = text_settings({name: getattr(args, name) for name in own_settings(args)})
         said = {name: public_name(text) for name, text in settings.items()}
         said |= {"forgotten": words.forgotten, "hub_model_id": repo_id, "base_model": words.base_model}
         check_said(said, self._rows["forget"])
