@@ -152,7 +152,7 @@ def test_a_receipt_says_what_the_launch_and_the_caller_chose(make_trainer, saved
     assert settings["mixed_precision"] == "bf16" and "bf16" not in settings
     assert [settings[name] for name in ("optim", "learning_rate", "weight_decay")] == ["given"] * 3
     # Made by the Trainer, for an optimizer that was given.
-    assert settings["lr_scheduler_type"] == "linear" and settings["warmup_steps"] == 0
+    assert settings["lr_scheduler_type"] == "constant_with_warmup" and settings["warmup_steps"] == 0
 
 
 def test_a_revision_is_said_where_it_was_chosen(make_trainer, saved_llama, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import SchedulerType
+
 from .shifts import SHIFTS
 from .unlearning_config import UnlearningConfig
 
@@ -18,6 +20,9 @@ class RFAConfig(UnlearningConfig):
     rows on each device, and one epoch is one pass over the forget set.
 
     Parameters:
+        lr_scheduler_type (`str`, defaults to `"constant_with_warmup"`): A falling rate leaves the forget set
+            half-known at the same number of steps, and may end before `stop_at="calibrated"` is reached
+            (docs/experiments.md).
         alpha (`float`, defaults to `4.0`): Weight α of the retain loss, positive.
         beta (`float`, defaults to `1.0`): Weight β of the forget loss, positive.
         blocks (`list[int]`, *optional*): Indices of the decoder blocks to align, from 0, negative from the end.
@@ -53,6 +58,11 @@ class RFAConfig(UnlearningConfig):
     Raises:
         ValueError: A setting out of its range; the sentence names the setting, the value and the range.
     """
+
+    # A default that differs from TrainingArguments.
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant_with_warmup", metadata={"help": "The scheduler type to use."}
+    )
 
     alpha: float = field(default=4.0, metadata={"help": "Weight of the retain loss, positive."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the forget loss, positive."})

@@ -49,7 +49,13 @@ LLAMA = {
 }
 PRETRAIN = {"num_train_epochs": 12, "learning_rate": 2e-3, "per_device_train_batch_size": 32, "warmup_steps": 20}
 FINETUNE = {"num_train_epochs": 15, "learning_rate": 1e-3, "per_device_train_batch_size": 32, "warmup_steps": 20}
-UNLEARN = {"num_train_epochs": 50, "learning_rate": 5e-3, "per_device_train_batch_size": 8, "alpha": 2.0}
+UNLEARN = {
+    "num_train_epochs": 50,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 8,
+    "alpha": 2.0,
+}
 # transformers would hide the bar together with its warnings, and torch warns of pinned memory where there is no GPU.
 QUIET = {
     "logging_strategy": "no",
