@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from statistics import fmean, harmonic_mean
 
 import pytest
@@ -131,6 +132,18 @@ def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, f
     other = {"methods": {"rfa": {"trainer": "rfa", "alpha": 3.0}}}
     with pytest.raises(ValueError, match="rfa_lr0.001_seed0.json is of the settings .*'alpha': 2.0.* not .*3.0"):
         benchmark(arguments(folder, finished, **other))
+
+
+def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    file = results / "rfa_lr0.001_seed0.json"
+    content = read(file)
+    # What rfa's settings here say nothing of.
+    assert content["in_full"]["lr_scheduler_type"] == "constant_with_warmup" and content["in_full"]["beta"] == 1
+    content["in_full"]["lr_scheduler_type"] = "linear"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"seed0.json is of the settings {'lr_scheduler_type': 'linear'}, not {'lr_s"):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1])

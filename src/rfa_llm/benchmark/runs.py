@@ -14,10 +14,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rfa_llm.benchmark.environment import environment
-from rfa_llm.checkpoints import newest_whole_checkpoint
+from rfa_llm.checkpoints import KEPT, ORDER, newest_whole_checkpoint
 from rfa_llm.config import RFAConfig
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log
 from rfa_llm.progress import bar_alone
+from rfa_llm.receipt import own_settings
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
 from rfa_llm.unlearning_trainer import UnlearningTrainer
@@ -80,6 +81,16 @@ def score_model(
     write_log({"method": name, "points": [point(log, 0)], **environment()}, result)
 
 
+def identity(run: Run) -> dict[str, dict]:
+    """What a result file says of its run: "run", as it was asked for, and "in_full", the method's settings and those
+    of the optimizer as they came out, so that a default that changes later does not pass for the old one."""
+    args, _ = _arguments(run, "")
+    values = args.to_dict()
+    in_full = {name: values[name] for name in (*own_settings(args), *KEPT, *ORDER)}
+    # As it is read again.
+    return json.loads(json.dumps({"run": {**vars(run), "settings": dict(run.settings)}, "in_full": in_full}))
+
+
 def check_settings(run: Run, content: Mapping, result: Path) -> None:
     """Check that a result is that of a run.
 
@@ -91,12 +102,14 @@ def check_settings(run: Run, content: Mapping, result: Path) -> None:
     Raises:
         ValueError: It is of other settings.
     """
-    identity = json.loads(json.dumps({**vars(run), "settings": dict(run.settings)}))
-    if content["run"] != identity:
-        raise ValueError(
-            f"results: {result} is of the settings {content['run']}, not {identity}; delete it, or choose another "
-            "folder."
-        )
+    for name, asked in identity(run).items():
+        found = content[name]
+        other = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
+        if other:
+            there, here = ({key: one.get(key) for key in other} for one in (found, asked))
+            raise ValueError(
+                f"results: {result} is of the settings {there}, not {here}; delete it, or choose another folder."
+            )
 
 
 def train_and_score(
@@ -141,7 +154,7 @@ def train_and_score(
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "points").glob("*.json")]
     content = {
         "method": run.method,
-        "run": {**vars(run), "settings": dict(run.settings)},
+        **identity(run),
         "points": sorted(measured, key=lambda one: one["step"]),
         "history": trainer.state.log_history,
         **environment(),
@@ -161,6 +174,17 @@ def make_trainer(
     Raises:
         ValueError: there is no such trainer.
     """
+    args, lora = _arguments(run, output_dir)
+    given = {"forget_dataset": forget, "retain_dataset": retain}
+    if lora is not None:
+        given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
+    if isinstance(args, RFAConfig):
+        return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if args.stop_at else {}))
+    return RIVALS[args.method](model, args, **given)
+
+
+def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict | None]:
+    """The arguments of the run's trainer, and the fields of its `LoraConfig`, where it has one of its own."""
     settings = dict(run.settings)
     name = settings.pop("trainer")
     lora = settings.pop("lora", None)
@@ -172,16 +196,11 @@ def make_trainer(
         "save_steps": run.max_steps // run.points,
         **OWN,
     }
-    given = {"forget_dataset": forget, "retain_dataset": retain}
-    if lora is not None:
-        given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if name == "rfa":
-        args = RFAConfig(**common, **settings)
-        return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if args.stop_at else {}))
+        return RFAConfig(**common, **settings), lora
     if name not in RIVALS:
         raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
-    args = RivalConfig(method=name, **common, **settings)
-    return RIVALS[name](model, args, **given)
+    return RivalConfig(method=name, **common, **settings), lora
 
 
 class _Points(TrainerCallback):
