@@ -17,12 +17,11 @@ class RFAConfig(UnlearningConfig):
 
     Holds the method's own settings; those of rows and models are [`UnlearningConfig`]'s, and the rest is
     [`~transformers.TrainingArguments`]'s. One step sees `per_device_train_batch_size` forget rows and as many retain
-    rows on each device, and one epoch is one pass over the forget set.
+    rows on each device, and one epoch is one pass over the forget set. The learning rate stays constant after the
+    warm-up unless `lr_scheduler_type` says otherwise: a falling one forgot less in as many steps, and ended before
+    `stop_at` was reached (docs/experiments.md).
 
     Parameters:
-        lr_scheduler_type (`str`, defaults to `"constant_with_warmup"`): A falling rate leaves the forget set
-            half-known at the same number of steps, and may end before `stop_at="calibrated"` is reached
-            (docs/experiments.md).
         alpha (`float`, defaults to `4.0`): Weight α of the retain loss, positive.
         beta (`float`, defaults to `1.0`): Weight β of the forget loss, positive.
         blocks (`list[int]`, *optional*): Indices of the decoder blocks to align, from 0, negative from the end.
