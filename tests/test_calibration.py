@@ -75,7 +75,8 @@ def test_the_training_ends_where_forget_answers_look_unseen(more, knowing, make_
 
 def test_an_end_before_that_is_said(knowing, make_trainer, caplog):
     with caplog.at_level("WARNING"):
-        trainer = make_trainer({**CONFIG, "max_steps": 5}, model=knowing, holdout_dataset=HOLDOUT)
+        slowly = {**CONFIG, "max_steps": 5, "learning_rate": 2e-3}
+        trainer = make_trainer(slowly, model=knowing, holdout_dataset=HOLDOUT)
         metrics = trainer.train().metrics
     # The last step is looked at whatever its number.
     reached = looks(trainer)[5]
@@ -87,7 +88,7 @@ def test_the_looks_change_nothing_of_the_training(knowing, make_trainer):
     adapters = []
     for config, holdout in ((CONFIG, HOLDOUT), ({**CONFIG, "stop_at": None}, None)):
         trainer = make_trainer(
-            {**config, "max_steps": 5},
+            {**config, "max_steps": 5, "learning_rate": 2e-3},
             model=copy.deepcopy(knowing),
             peft_config=tiny_lora(lora_dropout=0.1),
             holdout_dataset=holdout,
