@@ -60,6 +60,12 @@ def newest_whole_checkpoint(output_dir: str) -> str | None:
     return None if newest is None else str(newest.parent)
 
 
+def own_settings(args: UnlearningConfig) -> list[str]:
+    """Names of the settings that a method has beside the Trainer's, but for those that change nothing (`FREE`)."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    return sorted({field.name for field in fields(args)} - inherited - FREE)
+
+
 def run_fingerprint(
     args: UnlearningConfig,
     peft_config: PeftConfig,
@@ -82,8 +88,7 @@ def run_fingerprint(
     Returns:
         Text a name: settings as they are, the sets and the base model as digests.
     """
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = sorted({field.name for field in fields(args)} - inherited - FREE - method.keys())
+    own = [name for name in own_settings(args) if name not in method]
     settings = {name: json.dumps(getattr(args, name)) for name in [*own, *KEPT, *ORDER]}
     adapter = {name: value for name, value in peft_config.to_dict().items() if name not in PLACE}
     # Which rows a step sees follows from its number only as long as it sees as many.

@@ -16,7 +16,6 @@ import os
 import platform
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from numbers import Real
@@ -26,7 +25,7 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import (
     ADDED_TOKENS_FILE,
     FULL_TOKENIZER_FILE,
@@ -35,7 +34,7 @@ from transformers.tokenization_utils_base import (
 )
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
-from .checkpoints import FREE, KEPT, ORDER
+from .checkpoints import KEPT, ORDER, own_settings
 from .data.formats import content
 from .evaluation.scores import encoded_answer_scores
 from .unlearning_config import UnlearningConfig
@@ -292,12 +291,6 @@ def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_si
 
 
 # ---- the receipt ----
-
-
-def own_settings(args: UnlearningConfig) -> list[str]:
-    """Names of the settings that a method has beside the Trainer's, but for those that change nothing (`FREE`)."""
-    inherited = {field.name for field in fields(TrainingArguments)}
-    return sorted({field.name for field in fields(args)} - inherited - FREE)
 
 
 def make_receipt(

@@ -14,11 +14,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rfa_llm.benchmark.environment import environment
-from rfa_llm.checkpoints import KEPT, ORDER, newest_whole_checkpoint
+from rfa_llm.checkpoints import KEPT, ORDER, newest_whole_checkpoint, own_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log
 from rfa_llm.progress import bar_alone
-from rfa_llm.receipt import own_settings
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
 from rfa_llm.unlearning_trainer import UnlearningTrainer
