@@ -245,8 +245,26 @@ def test_target_and_retain_only_are_scored_once(finished, folder):
     file = finished / "results" / "target.json"
     before = file.stat().st_mtime_ns
     log = finished / "logs" / "target.json"
-    score_model("target", "nowhere", {}, file, log, {})
+    assert score_model("target", "nowhere", {}, file, log, {}) == read(file)
     assert file.stat().st_mtime_ns == before
+
+
+def test_the_retain_only_model_is_needed_once(finished, folder, tmp_path):
+    """Its result has all that later runs are compared with, and none of the text."""
+    other = tmp_path / "out"
+    shutil.copytree(finished / "models" / "target", other / "models" / "target")
+    for name in ("target", "retain-only"):
+        (other / "results").mkdir(exist_ok=True)
+        shutil.copy(finished / "results" / f"{name}.json", other / "results")
+    given = {"retain_model": "nowhere"}
+    only = {"only": ["mine"], "seeds": [0]}
+    benchmark(arguments(folder, other, **given, **only))
+    ours, before = (read(one / "results" / "mine_lr0.01_seed0.json")["points"] for one in (other, finished))
+    assert ours == before
+    log = read(finished / "logs" / "retain-only.json")
+    kept = read(other / "results" / "retain-only.json")
+    assert kept["compared_with"] == {name: log[name] for name in kept["compared_with"]}
+    assert load_tofu("forget", str(folder / "data"))[0]["question"] not in json.dumps(kept)
 
 
 def test_the_holdout_rows_are_those_that_no_model_saw():

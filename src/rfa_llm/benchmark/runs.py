@@ -22,6 +22,8 @@ from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
 from rfa_llm.unlearning_trainer import UnlearningTrainer
 
+# What `evaluate_tofu` reads in a retain-only model's log: numbers alone, none of the text.
+COMPARED_WITH = ("forget_truth_ratio", "mia_loss", "mia_min_k")
 # What a run sets by itself.
 OWN = {"save_strategy": "steps", "save_total_limit": 1, "overwrite_output_dir": True, "report_to": "none"}
 
@@ -61,23 +63,35 @@ def point(log: Mapping[str, dict], step: int) -> dict:
 
 def score_model(
     name: str, model: str, sets: Mapping[str, Dataset], result: Path, log_file: Path, scoring: Mapping[str, object]
-) -> None:
-    """Score a whole model, target or retain-only, unless its result and its log are there.
+) -> dict:
+    """Score a whole model, target or retain-only, unless its result is there.
 
     Args:
         name: in the table.
-        model: path of the model.
+        model: path of the model; not looked at where the result is there.
         sets: as `evaluate_tofu` takes them.
         result: where the result goes, without any text.
         log_file: where the log goes, with the questions and answers.
         scoring: more arguments of `evaluate_tofu`.
+
+    Returns:
+        what is in the result file: as a run's, and under "compared_with" what of the log `evaluate_tofu` takes as
+        `retain_log`, so that a retain-only model is needed once.
     """
-    if result.exists() and log_file.exists():
-        return
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf-8"))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     log = evaluate_tofu(loaded.to(PartialState().device), AutoTokenizer.from_pretrained(model), sets, **scoring)
     write_log(log, log_file)
-    write_log({"method": name, "points": [point(log, 0)], **environment()}, result)
+    content = {
+        "method": name,
+        "points": [point(log, 0)],
+        "compared_with": {metric: log[metric] for metric in COMPARED_WITH if metric in log},
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        **environment(),
+    }
+    write_log(content, result)
+    return content
 
 
 def identity(run: Run) -> dict[str, dict]:
@@ -156,6 +170,7 @@ def train_and_score(
         **identity(run),
         "points": sorted(measured, key=lambda one: one["step"]),
         "history": trainer.state.log_history,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
         **environment(),
     }
     write_log(content, result)

@@ -191,11 +191,12 @@ def benchmark(args: BenchmarkArguments) -> str:
     target, retain_only = made or make_missing_models(args, folder)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
-    retain_log = folder / "logs" / "retain-only.json"
-    score_model("retain-only", retain_only, sets, results / "retain-only.json", retain_log, scoring)
-    scoring["retain_log"] = retain_log
-    score_model("target", target, sets, results / "target.json", folder / "logs" / "target.json", scoring)
-    models = {name: _read(results / f"{name}.json") for name in ("target", "retain-only")}
+    def scored(name: str, model: str) -> dict:
+        return score_model(name, model, sets, results / f"{name}.json", folder / "logs" / f"{name}.json", scoring)
+
+    retain_result = scored("retain-only", retain_only)
+    scoring["retain_log"] = retain_result["compared_with"]
+    models = {"target": scored("target", target), "retain-only": retain_result}
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
     utility = models["target"]["points"][0]["summary"]["model_utility"]
     if utility == 0:
