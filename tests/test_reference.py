@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import perturb, tiny_llama, tiny_lora
+from conftest import perturb, ridge_regression, tiny_llama, tiny_lora
 from peft import get_peft_model
 from safetensors import SafetensorError
 
@@ -15,6 +15,7 @@ from rfa_llm.data.formats import prepare
 from rfa_llm.feature_cache import batches
 from rfa_llm.reference import (
     TeacherFeatures,
+    fit_style,
     local_mask,
     mean_features,
     reference_features,
@@ -142,6 +143,23 @@ def test_mean_features_against_a_loop(sets, tokens):
     torch.testing.assert_close(mean, expected.float())
 
 
+def test_the_style_is_a_ridge_regression_however_rows_are_batched():
+    generator = torch.Generator().manual_seed(0)
+    x, y, new = (torch.randn(2, n, 5, generator=generator, dtype=torch.float64) for n in (40, 40, 3))
+    # Far from 0, as features are: the map must not depend on where they lie.
+    x, y = 3 * x + 20, 0.5 * x + 0.1 * y - 7
+    pairs = [(list(x[:, a:b]), list(y[:, a:b])) for a, b in ((0, 11), (11, 12), (12, 40))]
+    maps = fit_style(pairs)
+    assert maps.dtype == torch.float32 and maps.shape == (2, 6, 5)
+    for block, of_block in enumerate(maps.double()):
+        expected = ridge_regression(x[block], y[block] - x[block])(new[block])
+        torch.testing.assert_close(new[block] @ of_block[:-1] + of_block[-1], expected, rtol=1e-5, atol=1e-5)
+    # One row says no more than a difference.
+    one = fit_style([(list(x[:, :1]), list(y[:, :1]))])
+    torch.testing.assert_close(one[:, -1], (y - x)[:, 0].float())
+    assert not one[:, :-1].any()
+
+
 def write(path, teacher, sets, batch_size=4, **init_kwargs):
     forget, retain = sets
     device = torch.device("cpu")
@@ -154,20 +172,20 @@ def test_teacher_features_are_the_teachers_in_any_order_of_rows(saved_llama, set
     path = tmp_path / "folder" / "features.safetensors"
     write(path, saved_llama, sets)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    features, teacher = TeacherFeatures(path, ALIGNED), tiny_llama()
+    features, teacher = TeacherFeatures(path, ALIGNED, len(sets[0])), tiny_llama()
     for order in ([4, 0, 5, 1], [2], list(range(6))):
         rows = [naive_features(teacher, sets[0][i], "answer") for i in order]
         for i, block in enumerate(features.rows(order)):
             torch.testing.assert_close(block, torch.cat([row[i] for row in rows]), rtol=1e-4, atol=1e-5)
-    rows = [naive_features(teacher, row, "answer") for row in sets[1].select(range(7))]
-    expected = torch.stack([torch.cat([row[i] for row in rows]).mean(0) for i in range(2)])
-    torch.testing.assert_close(features.retain_mean, expected, rtol=1e-4, atol=1e-5)
+    rows = [naive_features(teacher, sets[1][i], "answer") for i in (6, 2)]
+    for i, block in enumerate(features.retain_rows([6, 2])):
+        torch.testing.assert_close(block, torch.cat([row[i] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_features_keep_the_teachers_dtype(saved_llama, sets, tmp_path):
     write(tmp_path / "features", saved_llama, sets, dtype=torch.bfloat16)
-    features = TeacherFeatures(tmp_path / "features", ALIGNED)
-    assert features.rows([0])[0].dtype == torch.bfloat16 and features.retain_mean.dtype == torch.float32
+    features = TeacherFeatures(tmp_path / "features", ALIGNED, len(sets[0]))
+    assert features.rows([0])[0].dtype == features.retain_rows([0])[0].dtype == torch.bfloat16
 
 
 def test_a_teacher_run_that_dies_leaves_no_file_of_that_name(saved_llama, sets, tmp_path, monkeypatch):
@@ -183,7 +201,7 @@ def test_a_teacher_run_that_dies_leaves_no_file_of_that_name(saved_llama, sets, 
     assert not path.exists()
     monkeypatch.undo()
     write(path, saved_llama, sets)
-    assert len(TeacherFeatures(path, ALIGNED).rows([0])) == 2
+    assert len(TeacherFeatures(path, ALIGNED, len(sets[0])).rows([0])) == 2
 
 
 def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_path, make_trainer, forget):

@@ -17,7 +17,7 @@ from rfa_llm.shifts import (
 
 GENERATOR = torch.Generator().manual_seed(0)
 H0, OTHER = (torch.randn(5, 6, generator=GENERATOR) for _ in range(2))
-VECTOR, STYLE = (torch.randn(6, generator=GENERATOR) for _ in range(2))
+VECTOR, STYLE = torch.randn(6, generator=GENERATOR), torch.randn(7, 6, generator=GENERATOR)
 
 
 def norm(token: int) -> float:
@@ -31,7 +31,15 @@ def norm(token: int) -> float:
         (random_shift(H0, VECTOR, 0.7), lambda t, i: 0.7 * norm(t) * VECTOR[i].item()),
         (negate_shift(H0, 0.7), lambda t, i: -0.7 * H0[t, i].item()),
         (ignorant_shift(H0, OTHER, None), lambda t, i: OTHER[t, i].item() - H0[t, i].item()),
-        (ignorant_shift(H0, OTHER, STYLE), lambda t, i: OTHER[t, i].item() - H0[t, i].item() + STYLE[i].item()),
+        (
+            ignorant_shift(H0, OTHER, STYLE),
+            lambda t, i: (
+                OTHER[t, i].item()
+                - H0[t, i].item()
+                + STYLE[6, i].item()
+                + sum(OTHER[t, j].item() * STYLE[j, i].item() for j in range(6))
+            ),
+        ),
         (local_shift(H0, OTHER), lambda t, i: OTHER[t, i].item() - H0[t, i].item()),
         (smoothed_shift(H0, OTHER), lambda t, i: OTHER[t, i].item() - H0[t, i].item()),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import perturb, tiny_llama, tiny_lora, tiny_rows
+from conftest import perturb, ridge_regression, tiny_llama, tiny_lora, tiny_rows
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -67,10 +67,10 @@ def hidden_states(model, row, mask=None) -> list[torch.Tensor]:
     return [states[block + 1][0] for block in ALIGNED]
 
 
-def retain_mean(model, rows, batch) -> list[torch.Tensor]:
+def retain_features(model, rows, batch) -> list[torch.Tensor]:
     features = [hidden_states(model, torch.tensor(row["input_ids"])) for row in rows]
     starts = [0 if batch == "all" else row["answer_start"] - 1 for row in rows]
-    return [torch.cat([f[i][s:] for f, s in zip(features, starts, strict=True)]).mean(0) for i in range(len(ALIGNED))]
+    return [torch.cat([f[i][s:] for f, s in zip(features, starts, strict=True)]) for i in range(len(ALIGNED))]
 
 
 def expected_targets(shift, row, trainer, teacher):
@@ -83,14 +83,15 @@ def expected_targets(shift, row, trainer, teacher):
     if shift == "negate":
         return [h - 0.7 * h for h in h0]
     if shift == "mean":
-        return [mean.expand_as(h) for mean, h in zip(retain_mean(model, mean_rows, "all"), h0, strict=True)]
+        features = retain_features(model, mean_rows, "all")
+        return [f.mean(0).expand_as(h) for f, h in zip(features, h0, strict=True)]
     if shift == "random":
         directions = random_directions(2, 32, seed=42).double()
         return [h + 0.7 * h.norm(dim=-1, keepdim=True) * u for h, u in zip(h0, directions, strict=True)]
     if shift == "ignorant":
-        ours, theirs = (retain_mean(m, mean_rows, "answer") for m in (model, teacher))
-        style = [a - b for a, b in zip(ours, theirs, strict=True)]
-        return [h + s for h, s in zip(hidden_states(teacher, row), style, strict=True)]
+        ours, theirs = (retain_features(m, mean_rows, "answer") for m in (model, teacher))
+        styles = [ridge_regression(x, y - x) for x, y in zip(theirs, ours, strict=True)]
+        return [h + style(h) for h, style in zip(hidden_states(teacher, row), styles, strict=True)]
     if shift == "smoothed":
         # Rotary embeddings are linear, so smaller queries are a higher temperature.
         for block in model.model.layers:

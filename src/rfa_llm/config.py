@@ -26,8 +26,9 @@ class RFAConfig(UnlearningConfig):
         beta (`float`, defaults to `1.0`): Weight β of the forget loss, positive.
         blocks (`list[int]`, *optional*): Indices of the decoder blocks to align, from 0, negative from the end.
             By default those at 2/5, 3/5 and 4/5 of the depth and the last one.
-        shift (`str`, defaults to `"local"`): Where forget rows' features go: `"local"`, `"smoothed"`, `"ignorant"`,
-            `"mean"`, `"random"` or `"negate"` (formulas in `rfa_llm.shifts`).
+        shift (`str`, *optional*): Where forget rows' features go: `"ignorant"`, `"local"`, `"smoothed"`, `"mean"`,
+            `"random"` or `"negate"` (formulas in `rfa_llm.shifts`). By default `"ignorant"` where a `teacher` is
+            given, and `"local"` where none is.
         shift_scale (`float`, defaults to `1.0`): Factor `c` of `random` and `negate`, positive.
         local_window (`int`, defaults to `3`): Tokens that `local` leaves visible, the token itself among them.
         local_sinks (`int`, defaults to `4`): First tokens that `local` leaves visible (attention sinks).
@@ -48,7 +49,8 @@ class RFAConfig(UnlearningConfig):
             at most half of what is free.
         padding_free (`bool`, defaults to `False`): Whether the rows of a batch follow one another without padding;
             worth it under flash attention, which then computes each row alone (others mask what lies between).
-        mean_rows (`int`, defaults to `256`): Retain rows over which `mean` and the style correction take means.
+        mean_rows (`int`, defaults to `256`): Retain rows over which `mean` takes its mean, and the style correction
+            its maps.
         stop_at (`str`, *optional*): `"calibrated"` ends the training when the forget set's answers are as unlikely
             as those of a holdout set, which the model never saw (`rfa_llm.calibration`); by default it ends after
             `num_train_epochs` or `max_steps`, which otherwise are the most that it takes.
@@ -69,7 +71,13 @@ class RFAConfig(UnlearningConfig):
         default=None,
         metadata={"help": "Decoder blocks to align, from 0. Default: 2/5, 3/5, 4/5 of the depth and the last."},
     )
-    shift: str = field(default="local", metadata={"help": "Where forget rows' features go.", "choices": list(SHIFTS)})
+    shift: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where forget rows' features go. Default: ignorant with a teacher, local without.",
+            "choices": list(SHIFTS),
+        },
+    )
     shift_scale: float = field(default=1.0, metadata={"help": "Factor c of the random and negate shifts."})
     local_window: int = field(
         default=3, metadata={"help": "Tokens that the local shift leaves visible, the token itself among them."}
@@ -111,7 +119,10 @@ class RFAConfig(UnlearningConfig):
         metadata={"help": "Let a batch's rows follow one another without padding; for flash attention."},
     )
     mean_rows: int = field(
-        default=256, metadata={"help": "Retain rows for the mean features of the mean and ignorant shifts."}
+        default=256,
+        metadata={
+            "help": "Retain rows for the mean feature of the mean shift, and the style correction of the ignorant one."
+        },
     )
 
     stop_at: str | None = field(
@@ -148,6 +159,8 @@ class RFAConfig(UnlearningConfig):
             raise ValueError(
                 f"smoothing_temperature: {self.smoothing_temperature} does not flatten attention; give more than 1."
             )
+        if self.shift is None:
+            self.shift = "local" if self.teacher is None else "ignorant"
         self._check_choice("shift", SHIFTS)
         if self.shift == "ignorant" and self.teacher is None:
             raise ValueError(

@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
@@ -27,6 +27,9 @@ from .residuals import block_features
 MASKABLE = ("eager", "sdpa", "flex_attention")
 # Layer types, by their names in transformers' configs, that mix tokens by attention and by nothing else.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# Of `fit_style`: 0.01 and 0.001 forget no better (docs/experiments.md).
+STYLE_RIDGE = 0.1
 
 
 def reference_features(model: PeftModel, blocks: Sequence[nn.Module], **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -192,6 +195,36 @@ def mean_features(run, batches: Iterable[dict], device: torch.device) -> torch.T
     return (total / count).float()
 
 
+def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> torch.Tensor:
+    """The affine maps `s_b(h^T) ≈ h⁰ − h^T` that say, at each block, what fine-tuning changed everywhere.
+
+    Ridge regression of the difference on the teacher's feature, over the tokens of rows that both models know how to
+    answer; the ridge, `STYLE_RIDGE` times the mean variance of a feature's components, draws it towards the mean
+    difference, which is what little data gives.
+
+    Args:
+        pairs: Of each batch, a teacher's features `h^T` and ours `h⁰` at the same n tokens, `[n, hidden]` a block.
+
+    Returns:
+        `[blocks, hidden + 1, hidden]` float32 on the CPU: the matrix, and the constant below it, so that
+        `s_b(h) = h @ m[:-1] + m[-1]`.
+    """
+    count, sums = 0, None
+    for teacher, ours in pairs:
+        x, y = (torch.stack([h.cpu() for h in features]).double() for features in (teacher, ours))
+        d, count = y - x, count + x.shape[1]
+        new = (x.sum(1), d.sum(1), x.mT @ x, x.mT @ d)
+        sums = new if sums is None else tuple(one + other for one, other in zip(sums, new, strict=True))
+    mean, mean_d, squares, products = (one / count for one in sums)
+    squares = squares - mean[:, :, None] * mean[:, None]
+    products = products - mean[:, :, None] * mean_d[:, None]
+    ridge = STYLE_RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1)
+    # The pseudo-inverse of 0, where all tokens have one feature, is 0.
+    matrix = torch.linalg.pinv(squares + ridge[:, None, None] * torch.eye(squares.shape[1]), hermitian=True) @ products
+    constant = mean_d[:, None] - mean[:, None] @ matrix
+    return torch.cat([matrix, constant], dim=1).float()
+
+
 def teacher_features_path(
     output_dir: str, teacher: str, dtype: str, aligned: Sequence[int], forget: Dataset, retain: Dataset, tokens: str
 ) -> Path:
@@ -217,17 +250,17 @@ def write_teacher_features(
     device: torch.device,
     model_init_kwargs: dict,
 ) -> None:
-    """Run the teacher over the forget set once and keep its features; the teacher is freed before this returns.
+    """Run the teacher over both sets once and keep its features; the teacher is freed before this returns.
 
-    The file holds, for each aligned block, the features of the forget set's tokens that count (`block_{b}`
-    `[all tokens, hidden]`, the teacher's dtype), where each row begins (`offsets` `[rows + 1]`), and the mean
-    feature over the retain rows (`retain_mean` `[blocks, hidden]`). It appears whole or not at all.
+    The file holds, for each aligned block, the features of the tokens that count of the forget rows and then of the
+    retain rows (`block_{b}` `[all tokens, hidden]`, the teacher's dtype), and where each row begins (`offsets`
+    `[rows + 1]`). It appears whole or not at all.
 
     Args:
         path: From `teacher_features_path`.
         teacher: Model id or path of the checkpoint from before the fine-tuning.
         aligned: Aligned block indices.
-        forget, retain: Encoded sets; `retain` holds the rows for the mean.
+        forget, retain: Encoded sets; `retain` holds the rows that `fit_style` is to see.
         tokens: Which positions count, `"answer"` or `"all"`.
         pad_token_id, batch_size, device, model_init_kwargs: How to run the teacher.
     """
@@ -236,9 +269,8 @@ def write_teacher_features(
     with torch.no_grad():
         run = partial(block_features, model, blocks)
         forget_batches = batches(forget, tokens, pad_token_id, batch_size, "Teacher on the forget set")
-        tensors = row_features(run, forget_batches, aligned, device)
         retain_batches = batches(retain, tokens, pad_token_id, batch_size, "Teacher on the retain set")
-        tensors["retain_mean"] = mean_features(run, retain_batches, device)
+        tensors = row_features(run, chain(forget_batches, retain_batches), aligned, device)
     del model, blocks, run
     gc.collect()
     if device.type == "cuda":
@@ -252,13 +284,16 @@ class TeacherFeatures:
     Args:
         path: The file.
         aligned: Aligned block indices.
+        num_forget: Rows of the forget set.
     """
 
-    def __init__(self, path: Path, aligned: Sequence[int]):
-        self._features = FeatureRows(path, aligned)
-        with safe_open(path, framework="pt") as file:
-            self.retain_mean = file.get_tensor("retain_mean")
+    def __init__(self, path: Path, aligned: Sequence[int], num_forget: int):
+        self._features, self._num_forget = FeatureRows(path, aligned), num_forget
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these forget rows' counted tokens, one row after the other, `[n, hidden]` a block."""
         return join([self._features.row(index) for index in indices])
+
+    def retain_rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features of these retain rows' counted tokens, likewise."""
+        return self.rows([self._num_forget + index for index in indices])

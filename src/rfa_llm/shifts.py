@@ -37,13 +37,14 @@ def negate_shift(reference: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def ignorant_shift(reference: torch.Tensor, teacher: torch.Tensor, style: torch.Tensor | None) -> torch.Tensor:
-    """`S = h^T − h⁰ + s_b`: to the features `[n, hidden]` of a teacher that never saw the forget set.
+    """`S = h^T − h⁰ + s_b(h^T)`: to the features `[n, hidden]` of a teacher that never saw the forget set.
 
-    `style` `[hidden]` is `s_b = mean_retain(h⁰ − h^T)`, the difference in the manner of answering that fine-tuning
-    made everywhere; with it the shift takes away knowledge alone. `None` leaves it out.
+    `style` `[hidden + 1, hidden]` float32 is the affine map `s_b` (`rfa_llm.reference.fit_style`), the difference in
+    the manner of answering that fine-tuning made everywhere; with it the shift takes away knowledge alone. `None`
+    leaves it out.
     """
     shift = teacher - reference
-    return shift if style is None else shift + style
+    return shift if style is None else shift + torch.addmm(style[-1], teacher.float(), style[:-1])
 
 
 def local_shift(reference: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -304,7 +304,7 @@ class RFATrainer(UnlearningTrainer):
             teacher = self._teacher.rows(inputs["index"][inputs["is_forget"]].tolist())
             styles = self._shift_vectors if args.style_correction else [None] * len(h0)
             return [
-                shifts.ignorant_shift(h, t.to(h), None if style is None else style.to(h))
+                shifts.ignorant_shift(h, t.to(h), None if style is None else style.to(h.device))
                 for h, t, style in zip(h0, teacher, styles, strict=True)
             ]
         if "shift" in self._cached:
@@ -425,7 +425,8 @@ class RFATrainer(UnlearningTrainer):
                 shutil.rmtree(self._cache_dir())
 
     def _make_shift_vectors(self) -> torch.Tensor:
-        """The shift's fixed vectors, `[blocks, hidden]` float32: means, random directions, style, or none."""
+        """What the shift needs at each block, float32: means or random directions `[blocks, hidden]`, the style's maps
+        `[blocks, hidden + 1, hidden]`, or nothing."""
         args = self.args
         if self.shift is None and args.shift == "random":
             hidden = self._peft_model().config.get_text_config(decoder=True).hidden_size
@@ -433,22 +434,31 @@ class RFATrainer(UnlearningTrainer):
         if self.shift is None and args.shift == "mean":
             return self._retain_mean(args.retain_tokens)
         if self.shift is None and args.shift == "ignorant" and args.style_correction:
-            return self._retain_mean(args.forget_tokens) - self._teacher.retain_mean
+            return self._style()
         return torch.empty(len(self.aligned), 0)
+
+    def _mean_batches(self, tokens: str, desc: str) -> Iterator[dict]:
+        """The retain set's first `mean_rows` rows."""
+        batch_size = 2 * self.args.per_device_train_batch_size
+        return batches(self._mean_rows, tokens, self.processing_class.pad_token_id, batch_size, desc)
 
     def _retain_mean(self, tokens: str) -> torch.Tensor:
         """Mean reference feature of the retain set's first `mean_rows` rows, `[blocks, hidden]` float32."""
-        model, blocks = self._peft_model(), self._blocks()
-        mean_rows = batches(
-            self._mean_rows,
-            tokens,
-            self.processing_class.pad_token_id,
-            2 * self.args.per_device_train_batch_size,
-            "Mean features of the retain set",
-        )
-        return reference.mean_features(
-            lambda **batch: reference.reference_features(model, blocks, **batch), mean_rows, self.args.device
-        )
+        run = partial(reference.reference_features, self._peft_model(), self._blocks())
+        mean_batches = self._mean_batches(tokens, "Mean features of the retain set")
+        return reference.mean_features(run, mean_batches, self.args.device)
+
+    def _style(self) -> torch.Tensor:
+        """`reference.fit_style` over the retain set's first `mean_rows` rows."""
+
+        def pairs():
+            for batch in self._mean_batches(self.args.forget_tokens, "Style of the retain set"):
+                tokens = {name: batch[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
+                features = reference.reference_features(self._peft_model(), self._blocks(), **tokens)
+                ours = [feature.cpu()[batch["token_mask"]] for feature in features]
+                yield self._teacher.retain_rows(batch["index"].tolist()), ours
+
+        return reference.fit_style(pairs())
 
     def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
         """Let the teacher run over the sets, unless its features are on disk already, and open them."""
@@ -486,7 +496,7 @@ class RFATrainer(UnlearningTrainer):
                     args.device,
                     {"dtype": dtype},
                 )
-        return reference.TeacherFeatures(path, self.aligned)
+        return reference.TeacherFeatures(path, self.aligned, len(forget))
 
     def _blocks(self) -> list[nn.Module]:
         blocks = find_blocks(self._peft_model().get_base_model())
