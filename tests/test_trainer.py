@@ -16,6 +16,7 @@ from rfa_llm import RFAConfig
 from rfa_llm.blocks import lora_placement
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.memory import peak_bytes
+from rfa_llm.residuals import capture
 from rfa_llm.shifts import SHIFTS, random_directions
 
 ALIGNED = [1, 2]
@@ -135,6 +136,36 @@ def test_short_runs_log_what_the_formulas_say(shift, make_trainer, saved_llama, 
     for name in LOGGED - {"loss_forget"}:
         # Not quite 0, because cached features come from batches of another shape.
         assert logs[0][name] == pytest.approx(0, abs=2e-6), name
+
+
+def test_the_next_token_term_is_the_divergence_of_what_is_read_out(make_trainer, saved_llama):
+    def rolled(reference, block):
+        return -0.5 * reference.roll(1, dims=-1)
+
+    config = {"blocks": [1, 3], "alpha": 3.0, "beta": 0.5, "next_token_weight": 0.25}
+    trainer = make_trainer(config, model=saved_llama, shift=rolled)
+    features_alone = make_trainer({**config, "next_token_weight": 0.0}, model=saved_llama, shift=rolled)
+    features_alone.train()
+    batches = record_batches(trainer)
+    trainer.train()
+    for log in step_logs(trainer):
+        assert log["loss"] == pytest.approx(3.0 * log["loss_retain"] + 0.5 * log["loss_forget"], rel=1e-4)
+    first, last = step_logs(trainer)[0], step_logs(trainer)[-1]
+    of_features = step_logs(features_alone)[0]["loss_forget"]
+    assert first["loss_forget"] == pytest.approx(of_features + 0.25 * first["next_token_forget"], rel=1e-4)
+    assert first["next_token_retain"] == pytest.approx(0, abs=1e-6) and last["next_token_retain"] > 1e-5
+
+    model, batch, divergences = tiny_llama().double().eval(), batches[0], []
+    for i in range(2):  # the forget rows
+        row = batch["input_ids"][i][batch["attention_mask"][i].bool()]
+        with torch.no_grad(), capture([model.model.layers[3]]) as features:
+            logits = model(row[None]).logits[0]
+        last_block = features[0][0]
+        goal = last_block + rolled(last_block, 3)
+        goal = model.lm_head(model.model.norm(goal)).log_softmax(-1)
+        divergence = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
+        divergences += divergence[batch["token_mask"][i][: len(row)]].tolist()
+    assert first["next_token_forget"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
 
 
 def test_a_log_of_several_steps_is_their_mean(make_trainer):

@@ -24,6 +24,9 @@ class RFAConfig(UnlearningConfig):
     Parameters:
         alpha (`float`, defaults to `4.0`): Weight α of the retain loss, positive.
         beta (`float`, defaults to `1.0`): Weight β of the forget loss, positive.
+        next_token_weight (`float`, defaults to `0.0`): Weight γ, in both losses, of the divergence between the
+            next-token distributions that the last block's features and their goals give; 0 leaves it, and the
+            vocabulary projection that it takes, out.
         blocks (`list[int]`, *optional*): Indices of the decoder blocks to align, from 0, negative from the end.
             By default those at 2/5, 3/5 and 4/5 of the depth and the last one.
         shift (`str`, *optional*): Where forget rows' features go: `"ignorant"`, `"local"`, `"smoothed"`, `"mean"`,
@@ -67,6 +70,9 @@ class RFAConfig(UnlearningConfig):
 
     alpha: float = field(default=4.0, metadata={"help": "Weight of the retain loss, positive."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the forget loss, positive."})
+    next_token_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the next-token distributions in both losses; 0 leaves them out."}
+    )
     blocks: list[int] | None = field(
         default=None,
         metadata={"help": "Decoder blocks to align, from 0. Default: 2/5, 3/5, 4/5 of the depth and the last."},
@@ -153,6 +159,13 @@ class RFAConfig(UnlearningConfig):
             )
         if self.stop_at is not None:
             self._check_choice("stop_at", ("calibrated",))
+        if not self.next_token_weight >= 0:
+            raise ValueError(f"next_token_weight: {self.next_token_weight} is negative; give 0 or more.")
+        if self.next_token_weight and self.residual == "branch":
+            raise ValueError(
+                f"next_token_weight: {self.next_token_weight} needs reference features on the retain set, which "
+                "residual='branch' has not; use residual='feature', or set it to 0."
+            )
         if self.local_sinks < 0:
             raise ValueError(f"local_sinks: {self.local_sinks} is negative; give 0 or more (4 is a good start).")
         if not self.smoothing_temperature > 1:

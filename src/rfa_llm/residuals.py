@@ -172,3 +172,60 @@ def forget_loss(
     """
     missing = [r.float() - s.float() for r, s in zip(residuals, shifts, strict=True)]
     return retain_loss(missing, references, num_tokens)
+
+
+def readout(model: nn.Module, blocks: Sequence[nn.Module], features: torch.Tensor) -> torch.Tensor:
+    """The next-token logits that a model reads out of its last block's features, its own norm and scaling included.
+
+    Args:
+        model: The causal LM.
+        blocks: Its decoder blocks; the first one runs too, over dummy tokens, and hands on the features.
+        features: `[n, hidden]`, any float dtype.
+
+    Returns:
+        `[n, vocabulary]` in the model's dtype, in the features' graph.
+    """
+
+    def put_in(module, args, output):
+        hidden = hidden_state(output)
+        given = features[:, None].to(hidden)
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    first, was_training = blocks[0], blocks[0].training
+    handle = first.register_forward_hook(put_in)
+    # Checkpointing, which is for training, would run the hook inside, and re-entrant one without a graph.
+    first.training = False
+    try:
+        with ends_after(model, [first]):
+            ids = torch.zeros(len(features), 1, dtype=torch.int64, device=features.device)
+            return model(input_ids=ids, use_cache=False).logits[:, 0]
+    finally:
+        first.training = was_training
+        handle.remove()
+
+
+def next_token_loss(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    features: torch.Tensor,
+    goal: torch.Tensor,
+    num_tokens: torch.Tensor | int,
+) -> torch.Tensor:
+    """`mean_tokens KL(p(goal) ‖ p(features))`, with `p` the next-token distribution that `readout` gives.
+
+    The distillation loss of Hinton et al. (arXiv 1503.02531) at temperature 1.
+
+    Args:
+        model, blocks: As in `readout`.
+        features, goal: Features of the last block, and what they should be, `[n, hidden]`.
+        num_tokens: As in `retain_loss`.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    with torch.no_grad():
+        wanted = readout(model, blocks, goal).float().log_softmax(-1)
+    found = readout(model, blocks, features).float().log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, log_target=True, reduction="sum") / torch.as_tensor(
+        num_tokens, device=found.device
+    )

@@ -128,6 +128,11 @@ class RFATrainer(UnlearningTrainer):
 
     def _before_data(self, args, config):
         self.aligned = resolve_blocks(args.blocks, num_blocks(config))
+        if args.next_token_weight and self.aligned[-1] != num_blocks(config) - 1:
+            raise ValueError(
+                f"next_token_weight: {args.next_token_weight} needs the last block's features, but blocks ends with "
+                f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0."
+            )
         if (self._holdout_dataset is None) != (args.stop_at is None):
             raise ValueError(
                 f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
@@ -206,6 +211,9 @@ class RFATrainer(UnlearningTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`L = α·L_retain + β·L_forget` over one batch of forget and retain rows (`PairCollator`).
 
+        With `next_token_weight` γ each of the two has γ times `residuals.next_token_loss` in it: of the last block's
+        features, against `h⁰` on retain rows and `h⁰ + S` on forget rows.
+
         Args:
             model: The model as the launch mode wraps it.
             inputs: What `PairCollator` gives.
@@ -245,6 +253,16 @@ class RFATrainer(UnlearningTrainer):
             of_retain = [of_block - h0 for of_block, h0 in zip(h_retain, over, strict=True)]
         loss_retain = residuals.retain_loss(of_retain, over, num_retain).to(device)
         loss_forget = residuals.forget_loss(r_forget, shift, h0_forget, num_forget).to(device)
+        if args.next_token_weight:
+            read = partial(
+                residuals.next_token_loss, self._peft_model(), find_blocks(self._peft_model().get_base_model())
+            )
+            next_retain = read(h_retain[-1], over[-1], num_retain).to(device)
+            next_forget = read(h_forget[-1], h0_forget[-1] + shift[-1], num_forget).to(device)
+            self._add_up("next_token_forget", next_forget)
+            self._add_up("next_token_retain", next_retain)
+            loss_retain = loss_retain + args.next_token_weight * next_retain
+            loss_forget = loss_forget + args.next_token_weight * next_forget
         loss = args.alpha * loss_retain + args.beta * loss_forget
 
         self._stop_if_not_finite(loss_forget, loss_retain)
