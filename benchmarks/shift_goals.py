@@ -1,0 +1,135 @@
+"""Where a shift leads, before any training: what the target says where its last block's features are `h⁰ + S`.
+
+    python benchmarks/shift_goals.py --models runs/models --data_dir runs/tofu800-400 \
+        --retain_result benchmarks/results/tofu800_rows_400/retain-only.json \
+        --output benchmarks/results/shift_goals_rows_400.json
+
+A training comes to the goal at best. The paraphrased and wrong answers of the forget set's questions are scored on the
+goal's features, which gives truth ratios, and with a retain-only model's the forget quality; the true answers give the
+loss. `ignorant` is taken with no style correction, with the mean difference alone, and with `fit_style`'s maps. The
+data folder is as scripts/tofu800_forget_set.py makes it, `--models` as scripts/smollm2_tofu.py does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import correlation, fmean, stdev
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rfa_llm.benchmark.environment import environment
+from rfa_llm.blocks import find_blocks
+from rfa_llm.data.formats import prepare, spread
+from rfa_llm.data.tofu import load_tofu
+from rfa_llm.evaluation import read_retain_truth_ratios, write_log
+from rfa_llm.evaluation.metrics import answer_probability, forget_quality, truth_ratio
+from rfa_llm.feature_cache import FeatureRows, batches, row_features
+from rfa_llm.reference import fit_style, local_mask
+from rfa_llm.residuals import block_features, readout
+
+MEAN_ROWS = 256  # As `RFAConfig.mean_rows`.
+WINDOW, SINKS = 3, 4  # As `local_window` and `local_sinks`.
+
+
+def last_features(model: PreTrainedModel, rows: Dataset, pad_token_id: int, desc: str, local: bool = False):
+    """The last block's features at each row's answer positions, a list of `[n, hidden]`."""
+    blocks = find_blocks(model)
+
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        if not local:
+            return block_features(model, [blocks[-1]], input_ids=input_ids, attention_mask=attention_mask)
+        mask = local_mask(model, attention_mask, WINDOW, SINKS)
+        positions = torch.arange(input_ids.shape[1]).expand(len(input_ids), -1)
+        return block_features(model, [blocks[-1]], input_ids=input_ids, attention_mask=mask, position_ids=positions)
+
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    padded = batches([rows[index] for index in order], "answer", pad_token_id, 16, desc)
+    features = FeatureRows(row_features(run, padded, [0], torch.device("cpu")), [0])
+    place = {index: position for position, index in enumerate(order)}
+    return [features.row(place[index])[0] for index in range(len(rows))]
+
+
+def losses(model: PreTrainedModel, rows: Dataset, goals: list[torch.Tensor]) -> list[float]:
+    """Mean loss of each row's answer on the goal's features, nats per token."""
+    blocks, found = find_blocks(model), []
+    for row, goal in zip(rows, goals, strict=True):
+        # The last position predicts what comes after the answer.
+        logits = readout(model, blocks, goal[:-1]).float()
+        answer = torch.tensor(row["input_ids"][row["answer_start"] :])
+        found.append(torch.nn.functional.cross_entropy(logits, answer).item())
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder with base and target")
+    parser.add_argument("--data_dir", required=True, help="folder with forget_perturbed.jsonl and retain.jsonl")
+    parser.add_argument(
+        "--retain_result", type=Path, required=True, help="a retain-only model's result of the benchmark"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.models / "target")
+    target, base = (
+        AutoModelForCausalLM.from_pretrained(args.models / n, dtype="auto").eval() for n in ("target", "base")
+    )
+    questions = load_tofu("forget_perturbed", args.data_dir)
+    wrong_counts = [len(wrong) for wrong in questions["perturbed_answer"]]
+    pairs = [
+        {"question": q["question"], "answer": q[which]}
+        for which in ("answer", "paraphrased_answer")
+        for q in questions
+    ]
+    pairs += [{"question": q["question"], "answer": wrong} for q in questions for wrong in q["perturbed_answer"]]
+    rows = prepare(Dataset.from_list(pairs), tokenizer, "data_dir", None)
+    retain = prepare(spread(load_tofu("retain", args.data_dir), MEAN_ROWS), tokenizer, "data_dir", None)
+
+    features = partial(last_features, pad_token_id=tokenizer.pad_token_id)
+    ours = features(target, rows, desc="Target on the answers")
+    near = features(target, rows, desc="Target, local", local=True)
+    theirs = features(base, rows, desc="Base on the answers")
+    x, y = (torch.cat(features(m, retain, desc="Retain set")) for m in (base, target))
+    style, mean = fit_style([([x], [y])])[0], (y - x).float().mean(0)
+    goals = {
+        "target": ours,
+        "local": near,
+        "ignorant, no style": theirs,
+        "ignorant, mean difference": [h + mean for h in theirs],
+        "ignorant": [h + h.float() @ style[:-1] + style[-1] for h in theirs],
+    }
+
+    compared_with = json.loads(args.retain_result.read_text(encoding="utf-8"))["compared_with"]
+    retain_ratios = read_retain_truth_ratios(compared_with)
+    number, results = len(questions), {}
+    for name, goal in goals.items():
+        found = losses(target, rows, goal)
+        wrong_ends = 2 * number + np.cumsum(wrong_counts)
+        wrong = [found[end - count : end] for count, end in zip(wrong_counts, wrong_ends, strict=True)]
+        ratios = truth_ratio(found[number : 2 * number], wrong)
+        logs = np.log(ratios)
+        results[name] = {
+            "forget_quality": forget_quality(ratios, retain_ratios),
+            "correlation_of_log_truth_ratios": correlation(logs.tolist(), np.log(retain_ratios).tolist()),
+            "mean_log_truth_ratio": fmean(logs.tolist()),
+            "deviation_of_log_truth_ratio": stdev(logs.tolist()),
+            "forget_answer_loss": fmean(found[:number]),
+            "forget_prob": float(answer_probability(found[:number]).mean()),
+            "forget_truth_ratios": ratios.tolist(),
+        }
+        print(name, {key: round(value, 4) for key, value in results[name].items() if key != "forget_truth_ratios"})
+    logs = np.log(retain_ratios).tolist()
+    own = {"mean_log_truth_ratio": fmean(logs), "deviation_of_log_truth_ratio": stdev(logs)}
+    dtype = str(target.dtype).removeprefix("torch.")
+    write_log({"goals": results, "retain-only": own, "dtype": dtype, **environment()}, args.output)
+
+
+if __name__ == "__main__":
+    main()
