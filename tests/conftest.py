@@ -110,7 +110,7 @@ def make_trainer(tmp_path, tokenizer, forget, retain):
 def ridge_regression(x: torch.Tensor, y: torch.Tensor):
     """The affine map from x to y `[n, hidden]` of `fit_style`: least squares, the ridge as more observations."""
     mean_x, mean_y = x.mean(0), y.mean(0)
-    ridge = 0.1 * (x - mean_x).square().mean(0).mean()
+    ridge = 0.1 * (x - mean_x).square().mean(0).median()
     more = (len(x) * ridge).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     matrix = torch.linalg.lstsq(torch.cat([x - mean_x, more]), torch.cat([y - mean_y, 0 * more])).solution
     return lambda h: mean_y + (h - mean_x) @ matrix

@@ -68,7 +68,8 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
         ({"local_window": 0}, "local_window: 0 is not positive"),
         ({"local_sinks": -1}, "local_sinks: -1 is negative; give 0 or more"),
         ({"mean_rows": 0}, "mean_rows: 0 is not positive"),
-        ({"next_token_weight": -1.0}, "next_token_weight: -1.0 is negative; give 0 or more"),
+        ({"next_token_weight": -1.0}, "next_token_weight: -1.0 is no weight; give 0 or more"),
+        ({"next_token_weight": float("inf")}, "next_token_weight: inf is no weight; give 0 or more"),
         ({"next_token_weight": 1.0, "residual": "branch"}, "next_token_weight: 1.0 needs reference features"),
         ({"smoothing_temperature": 1.0}, "smoothing_temperature: 1.0 does not flatten attention; give more than 1"),
         ({"max_length": 0}, "max_length: 0 keeps no token; give 1 or more, or None"),
@@ -357,9 +358,10 @@ def test_inherited_settings_that_spoil_the_method_are_refused(config, message, t
         RFAConfig(output_dir=str(tmp_path), **config)
 
 
-def test_a_teacher_that_is_the_model_itself(saved_llama, make_trainer):
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_teacher_that_is_the_model_itself(end, saved_llama, make_trainer):
     with pytest.raises(ValueError, match="teacher: .* is the model itself"):
-        make_trainer({"shift": "ignorant", "teacher": saved_llama}, model=saved_llama)
+        make_trainer({"shift": "ignorant", "teacher": saved_llama + end}, model=saved_llama)
 
 
 @pytest.mark.parametrize("shift", [lambda h, block: h[:, :1], lambda h, block: 0])

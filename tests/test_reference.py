@@ -20,6 +20,7 @@ from rfa_llm.reference import (
     mean_features,
     reference_features,
     smoothed_attention,
+    teacher_features_path,
     write_teacher_features,
 )
 
@@ -148,6 +149,8 @@ def test_the_style_is_a_ridge_regression_however_rows_are_batched():
     x, y, new = (torch.randn(2, n, 5, generator=generator, dtype=torch.float64) for n in (40, 40, 3))
     # Far from 0, as features are: the map must not depend on where they lie.
     x, y = 3 * x + 20, 0.5 * x + 0.1 * y - 7
+    # And one huge component must not drown the others.
+    x[:, ::7, 2] += 1e3
     pairs = [(list(x[:, a:b]), list(y[:, a:b])) for a, b in ((0, 11), (11, 12), (12, 40))]
     maps = fit_style(pairs)
     assert maps.dtype == torch.float32 and maps.shape == (2, 6, 5)
@@ -223,6 +226,18 @@ def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_p
         make_trainer(config, model=saved_llama, forget_dataset=forget.select(range(5)))
     weights.write_bytes(content)
     make_trainer({**config, "mean_rows": 3}, model=saved_llama)
+
+
+def test_another_split_of_the_same_tokens_has_features_of_its_own(sets):
+    def moved(rows):
+        return rows.map(lambda row: {"answer_start": row["answer_start"] + 1}, keep_in_memory=True)
+
+    forget, retain = sets
+    paths = {
+        teacher_features_path("out", "teacher", "auto", ALIGNED, *both, "answer")
+        for both in ((forget, retain), (moved(forget), retain), (forget, moved(retain)))
+    }
+    assert len(paths) == 3
 
 
 def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_path, make_trainer):

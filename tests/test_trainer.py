@@ -298,6 +298,20 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, re
     assert again.state.global_step == 3
 
 
+def test_a_checkpoint_of_another_teacher_of_the_same_name_is_refused(make_trainer, saved_llama, tmp_path):
+    config = {"shift": None, "teacher": str(tmp_path / "teacher")}
+    config |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    tiny_llama(initializer_range=0.1).save_pretrained(tmp_path / "teacher")
+    trainer = make_trainer(config, model=saved_llama)
+    assert trainer.args.shift == "ignorant"
+    trainer.train()
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-2")
+    make_trainer({**config, "max_steps": 3}, model=saved_llama).train(resume_from_checkpoint=checkpoint)
+    tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="^teacher: .*checkpoint-2' was trained with .*teacher .* but this run has"):
+        make_trainer({**config, "max_steps": 3}, model=saved_llama).train(resume_from_checkpoint=checkpoint)
+
+
 def test_a_checkpoint_of_sharded_optimizers_is_refused_without_them(make_trainer, monkeypatch):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(config)

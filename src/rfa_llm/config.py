@@ -159,8 +159,8 @@ class RFAConfig(UnlearningConfig):
             )
         if self.stop_at is not None:
             self._check_choice("stop_at", ("calibrated",))
-        if not self.next_token_weight >= 0:
-            raise ValueError(f"next_token_weight: {self.next_token_weight} is negative; give 0 or more.")
+        if not 0 <= self.next_token_weight < float("inf"):
+            raise ValueError(f"next_token_weight: {self.next_token_weight} is no weight; give 0 or more.")
         if self.next_token_weight and self.residual == "branch":
             raise ValueError(
                 f"next_token_weight: {self.next_token_weight} needs reference features on the retain set, which "

@@ -28,7 +28,7 @@ MASKABLE = ("eager", "sdpa", "flex_attention")
 # Layer types, by their names in transformers' configs, that mix tokens by attention and by nothing else.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# Of `fit_style`: 0.01 and 0.001 forget no better (docs/experiments.md).
+# Of `fit_style`; a tenth of it, or a hundredth, gave as good a goal by hand.
 STYLE_RIDGE = 0.1
 
 
@@ -198,9 +198,9 @@ def mean_features(run, batches: Iterable[dict], device: torch.device) -> torch.T
 def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> torch.Tensor:
     """The affine maps `s_b(h^T) ≈ h⁰ − h^T` that say, at each block, what fine-tuning changed everywhere.
 
-    Ridge regression of the difference on the teacher's feature, over the tokens of rows that both models know how to
-    answer; the ridge, `STYLE_RIDGE` times the mean variance of a feature's components, draws it towards the mean
-    difference, which is what little data gives.
+    Ridge regression of the difference on the teacher's feature, over the tokens of retain rows; the ridge,
+    `STYLE_RIDGE` times the median variance of a feature's components (a few of them may be huge), draws it towards the
+    mean difference, which is what little data gives.
 
     Args:
         pairs: Of each batch, a teacher's features `h^T` and ours `h⁰` at the same n tokens, `[n, hidden]` a block.
@@ -218,7 +218,7 @@ def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) ->
     mean, mean_d, squares, products = (one / count for one in sums)
     squares = squares - mean[:, :, None] * mean[:, None]
     products = products - mean[:, :, None] * mean_d[:, None]
-    ridge = STYLE_RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = STYLE_RIDGE * squares.diagonal(dim1=1, dim2=2).median(1).values
     # The pseudo-inverse of 0, where all tokens have one feature, is 0.
     matrix = torch.linalg.pinv(squares + ridge[:, None, None] * torch.eye(squares.shape[1]), hermitian=True) @ products
     constant = mean_d[:, None] - mean[:, None] @ matrix
@@ -231,8 +231,9 @@ def teacher_features_path(
     """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
     # A local teacher may be trained again under the same name.
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(teacher).glob("*.safetensors"))]
-    inputs = [forget["input_ids"][:], retain["input_ids"][:]]
-    fingerprint = json.dumps([teacher, files, str(dtype), list(aligned), tokens, inputs])
+    inputs = [rows[column][:] for rows in (forget, retain) for column in ("input_ids", "answer_start")]
+    # What the file holds is part of its name, so that one of an earlier version is not read.
+    fingerprint = json.dumps(["forget and retain rows", teacher, files, str(dtype), list(aligned), tokens, inputs])
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     # `Trainer.push_to_hub` leaves out folders that begin with an underscore.
     return Path(output_dir) / "_teacher_features" / f"{digest}.safetensors"
@@ -285,9 +286,13 @@ class TeacherFeatures:
         path: The file.
         aligned: Aligned block indices.
         num_forget: Rows of the forget set.
+
+    Attributes:
+        name: Of the file, which stands for all that the features depend on (`teacher_features_path`).
     """
 
     def __init__(self, path: Path, aligned: Sequence[int], num_forget: int):
+        self.name = path.stem
         self._features, self._num_forget = FeatureRows(path, aligned), num_forget
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:

@@ -44,7 +44,10 @@ def ignorant_shift(reference: torch.Tensor, teacher: torch.Tensor, style: torch.
     leaves it out.
     """
     shift = teacher - reference
-    return shift if style is None else shift + torch.addmm(style[-1], teacher.float(), style[:-1])
+    if style is None:
+        return shift
+    with torch.autocast(teacher.device.type, enabled=False):
+        return shift + torch.addmm(style[-1], teacher.float(), style[:-1])
 
 
 def local_shift(reference: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

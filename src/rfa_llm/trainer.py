@@ -159,7 +159,7 @@ class RFATrainer(UnlearningTrainer):
                     "model: shift='ignorant' runs the teacher before the model is loaded, so that two models never "
                     f"share the memory, but got a loaded {type(model).__name__}; pass the model's id or path."
                 )
-            if args.teacher == model:
+            if Path(args.teacher).resolve() == Path(model).resolve():
                 raise ValueError(
                     f"teacher: {args.teacher!r} is the model itself, whose features are no shift; pass the checkpoint "
                     "from before the fine-tuning."
@@ -195,6 +195,8 @@ class RFATrainer(UnlearningTrainer):
             "shift": self.args.shift if self.shift is None else "a function",
             "blocks": ", ".join(map(str, self.aligned)),
             **({"holdout_dataset": self._holdout_digest} if self.args.stop_at else {}),
+            # A teacher may have been trained again under its name.
+            **({} if self._teacher is None else {"teacher": f"{self.args.teacher} ({self._teacher.name})"}),
         }
 
     def log(self, logs, start_time=None):
