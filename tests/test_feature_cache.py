@@ -114,6 +114,25 @@ def test_a_writer_that_dies_leaves_whole_files_only(rows, tmp_path, monkeypatch)
     assert cache.missing() == [] and len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_file_that_was_cut_is_computed_again_and_one_that_is_open_may_go(rows, tmp_path):
+    def new():
+        return FeatureCache(tmp_path, ["key"], ALIGNED, rows, list(range(8)), "answer")
+
+    first = new()
+    fill(first, Run())
+    assert first.missing() == []
+    expected = first.rows(list(range(8)))
+    files = sorted(tmp_path.iterdir(), key=lambda file: first._names.index(file.name))
+    files[0].write_bytes(files[0].read_bytes()[:-200])
+    files[1].write_bytes(b"")
+    second = new()
+    assert second.missing() == [0, 1]
+    fill(second, Run())
+    assert second.missing() == []
+    shutil.rmtree(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(second.rows(list(range(8))), expected, strict=True))
+
+
 def test_processes_share_the_work_in_as_many_batches_each(rows, tmp_path):
     caches = [FeatureCache(tmp_path, ["key"], ALIGNED, rows, list(range(11)), "answer") for _ in range(2)]
     missing, runs = caches[0].missing(), [Run(), Run()]

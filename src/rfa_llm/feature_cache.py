@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import tqdm
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
@@ -156,7 +156,18 @@ class FeatureCache:
         """Numbers of the parts that nobody has computed yet."""
         if self._folder is None:
             return [number for number in range(len(self._parts)) if number not in self._readers]
-        return [number for number, name in enumerate(self._names) if not (self._folder / name).exists()]
+        return [number for number in range(len(self._parts)) if not self._opens(number)]
+
+    def _opens(self, number: int) -> bool:
+        """Open a part's file, which stays readable then, whoever deletes it; not one that a copy or a disk cut."""
+        path = self._folder / self._names[number]
+        if not path.exists():
+            return False
+        try:
+            self._readers[number] = FeatureRows(path, self._aligned)
+        except SafetensorError:
+            return False
+        return True
 
     def fill(
         self,
