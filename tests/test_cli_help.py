@@ -94,7 +94,7 @@ UNITS = {
     "points": "times",
 }
 PURE = {"alpha", "beta", "shift_scale", "smoothing_temperature", "lora_r", "lora_alpha", "lora_dropout", "tolerance"}
-PURE |= {"learning_rate", "learning_rates", "seed", "seeds", "blocks"}
+PURE |= {"learning_rate", "learning_rates", "seed", "seeds", "blocks", "next_token_weight"}
 
 
 def own_fields(command: str):
