@@ -230,6 +230,7 @@ def measure(shape: str, quantization: str, device: torch.device, peak: float, ar
             *(model, folder, args.rows, args.tokens, WARMUP + args.steps, clock),
             gradient_checkpointing=args.gradient_checkpointing,
             bf16=args.mixed_precision == "bf16",
+            use_liger_kernel=args.use_liger_kernel,
             use_cpu=device.type == "cpu",
         )
         trainer.train()
@@ -314,6 +315,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens a row")
     parser.add_argument("--steps", type=int, default=10, help=f"steps that are timed, after {WARMUP} that are not")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--use_liger_kernel", action="store_true", help="fused norms and activations (liger-kernel)")
     parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="what LoRA computes in")
     parser.add_argument("--peak_tflops", type=float, help="the device's peak rate in bf16, where it is not known")
     parser.add_argument("--no-check", action="store_true", help="leave the comparison with float32 out")

@@ -13,6 +13,13 @@ project every position on the vocabulary, as their authors' code does (RMU's opt
 theirs). `floor` is the bare work: forward and backward of the blocks up to the last
 aligned one, on the same batches, without adapter, reference, loss or optimizer.
 `--parts` runs some of it and keeps the rest of the JSON, which must be of the same machine and versions.
+
+    python benchmarks/speed.py --parts steps --shape llama-3.1-8b --quantization nf4 --pairs 6 --tokens 256 \
+        --output benchmarks/results/speed_gpu_8b
+
+is the main table on a GPU, of a randomly initialised model and rows of random words. There all methods share one
+process, and memory is what PyTorch's allocator has given out. What is as shipped trains all weights, so it has them in
+bfloat16 whatever the others have.
 """
 
 from __future__ import annotations
@@ -31,8 +38,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu import StepClock, build_rows, build_tokenizer, memory_bytes, peak_flops, reset_peak_memory
-from memory import count_parameters, shape_config
+from gpu import StepClock, build_model, build_rows, build_tokenizer, memory_bytes, peak_flops, reset_peak_memory
+from memory import SHAPES, count_parameters, shape_config
 from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
@@ -62,7 +69,7 @@ RFA = {
 # LoRA's rank where it is not the default.
 RANKS = {"rfa_rank_16": 16}
 SHIPPED = {"npo_as_shipped": "npo", "rmu_as_shipped": "rmu"}
-METHODS = [*RFA, "npo", "rmu", *SHIPPED, "floor"]
+METHODS = [*RFA, "npo", "rmu", "floor", *SHIPPED]
 GROWING = ["rfa", "npo", "npo_as_shipped"]
 SWEEPS = {
     "tokens": ([64, 128, 256, 512, 1024, 2048], GROWING),
@@ -80,15 +87,19 @@ NAMES = ("forget", "retain")
 # ---- one measurement, in a process of its own ----
 
 
-def load(task: dict) -> PreTrainedModel:
-    """The model in bf16, all of it in memory."""
+def the_device() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def load(task: dict, device: torch.device) -> PreTrainedModel:
+    """The model in bf16, or its blocks in NF4, all of it in memory."""
     if "shape" in task:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(shape_config(task["shape"]), dtype=torch.bfloat16)
+        quantization = "none" if task["method"] in SHIPPED else task.get("quantization", "none")
+        return build_model(shape_config(task["shape"]), quantization, device)
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model
+    return model.to(device)
 
 
 def rows_of(task: dict, model: PreTrainedModel) -> dict:
@@ -214,8 +225,10 @@ def floor(task: dict, model: PreTrainedModel) -> Callable[[dict], torch.Tensor]:
 
 def measure(task: dict) -> dict:
     """Seconds a step after `WARMUP` (from the second epoch on), memory over the base, operations of one step."""
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    model = load(task).to(device)
+    device = the_device()
+    reset_peak_memory(device)
+    before = memory_bytes(device)["now"]
+    model = load(task, device)
     reset_peak_memory(device)
     base = memory_bytes(device)["now"]
     clock = StepClock(device)
@@ -264,6 +277,7 @@ def measure(task: dict) -> dict:
         "seconds_per_step": seconds,
         "seconds_in_all": ends[-1] - begin,
         "positions_of_first_step": first["attention_mask"].numel(),
+        "bytes_of_base": base - before,
         "bytes_over_base": peak - base,
         # On a CPU PyTorch counts none for attention.
         "flops_of_first_step": flops.get_total_flops(),
@@ -420,6 +434,15 @@ def steps_table(part: dict, over: dict[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_memory_table(part: dict) -> str:
+    """Of each method, what its model takes and what comes on top at most, in GiB."""
+    lines = ["| method | model, GiB | over it | together |", "| --- | ---: | ---: | ---: |"]
+    for run in part["runs"][: len(METHODS)]:
+        base, over = run["bytes_of_base"] / 2**30, run["bytes_over_base"] / 2**30
+        lines.append(f"| {run['method']} | {base:.2f} | {over:.2f} | {base + over:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def growth(result: dict, sweep: str, method: str) -> tuple[list[float], list[float]]:
     """What a sweep varies and the median seconds a step, or in all where it varies the forget set."""
     runs = [run for run in result["growth"] if run["sweep"] == sweep and run["method"] == method]
@@ -451,17 +474,24 @@ def growth_table(result: dict) -> str:
 def report(result: dict) -> str:
     """speed.md, of what the JSON holds."""
     machine, parts = result["machine"], []
+    on = machine["accelerator"] or f"{machine['cores']} cores ({machine['cpu']})"
     if "steps" in result and "memory" in result:
         steps = result["steps"]
+        first = steps["runs"][0]
+        dtype = "NF4" if first.get("quantization") == "nf4" else "bfloat16"
+        rows = f"rows of {first['tokens']} random tokens" if "tokens" in first else "rows of TOFU"
         parts.append(
-            f"Written by `benchmarks/speed.py` on {machine['cores']} cores ({machine['cpu']}), bfloat16, "
-            f"{result['model_name']}, {PAIRS} forget and {PAIRS} retain rows of TOFU a step. `rfa` aligns one block, "
+            f"Written by `benchmarks/speed.py` on {on}, {dtype}, {result['model_name']}, {first['pairs']} forget and "
+            f"as many retain {rows} a step. `rfa` aligns one block, "
             "the last of the lower half (not the default, which `rfa_default_blocks` is). Times are medians of "
-            f"{len(steps['runs'][0]['seconds_per_step'])} steps from the second epoch on in {steps['rounds']} rounds, "
+            f"{len(first['seconds_per_step'])} steps from the second epoch on in {steps['rounds']} rounds, "
             "when `rfa` has its reference features in its cache; what fills it is in the whole run (at most three "
-            "epochs of four steps). The operations are counted on one batch, those of attention left out.\n"
+            "epochs of four steps). The operations are counted on one batch"
+            f"{'' if machine['accelerator'] else ', those of attention left out'}.\n"
         )
         parts.append(steps_table(steps, result["memory"]))
+        if machine["accelerator"]:
+            parts.append(gpu_memory_table(steps))
     if "growth" in result:
         parts.append("`rows` is the time of a whole epoch with the filling of the cache, the others that of a step.\n")
         parts.append(growth_table(result))
@@ -517,18 +547,29 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of the main table; each has `steps` timed steps")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a process")
     parser.add_argument("--questions", type=int, default=200, help="of the evaluation; forget05 has 200")
+    parser.add_argument("--shape", choices=SHAPES, help="of a randomly initialised model, in the place of --model")
+    parser.add_argument("--quantization", choices=["none", "nf4"], default="none", help="of --shape's model")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="forget rows a step, and as many retain rows")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens a row, with --shape")
     args = parser.parse_args(argv)
     if args.task is not None:
         print(json.dumps(measure(json.loads(args.task))))
         return
 
     file = args.output.with_suffix(".json")
-    here = {**environment(), "model_name": Path(args.model).name}
+    here = {
+        **environment(*(["bitsandbytes"] if args.quantization == "nf4" else [])),
+        "model_name": args.shape or Path(args.model).name,
+    }
     result = json.loads(file.read_text()) if file.exists() else here
     other = [name for name in here if result[name] != here[name]]
     if other:
         sys.exit(f"output: {file} is of another {' and '.join(other)}; name another file, or delete it.")
-    task = {"model": args.model, "data_dir": args.data_dir, "warmup": WARMUP, "steps": WARMUP + args.steps}
+    task = {"warmup": WARMUP, "steps": WARMUP + args.steps, "pairs": args.pairs, "rows": ROWS // PAIRS * args.pairs}
+    if args.shape:
+        task |= {"shape": args.shape, "quantization": args.quantization, "tokens": args.tokens}
+    else:
+        task |= {"model": args.model, "data_dir": args.data_dir}
 
     def keep() -> None:
         file.write_text(json.dumps(result, indent=1) + "\n")
@@ -544,13 +585,18 @@ def main(argv: list[str]) -> None:
         result["evaluation"] = evaluation(args.model, args.data_dir, args.questions, 1)
         keep()
     if "steps" in args.parts:
-        peak, source = peak_flops(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+        peak, source = peak_flops(the_device())
+        on_gpu = the_device().type == "cuda"
         runs = []
+        result["steps"] = {"rounds": args.rounds, "peak_flops": peak, "peak_flops_source": source, "runs": runs}
         for _ in range(args.rounds):
             for method in METHODS:
-                runs.append(in_a_process({**task, "method": method}))
+                one = {**task, "method": method}
+                runs.append(measure(one) if on_gpu else in_a_process(one))
                 print(method, runs[-1]["seconds_per_step"], flush=True)
-        result["steps"] = {"rounds": args.rounds, "peak_flops": peak, "peak_flops_source": source, "runs": runs}
+                file.write_text(json.dumps(result, indent=1) + "\n")
+        if on_gpu:
+            result["memory"] = {one["method"]: one["bytes_over_base"] for one in runs}
         keep()
     if "memory" in args.parts:
         result["memory"] = {}

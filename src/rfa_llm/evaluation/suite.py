@@ -103,11 +103,11 @@ def evaluate_tofu(
             forget set or holdout set.
     """
     retain_log = check_questions(sets, retain_log)
-    log = {}
-    for name in SETS:
-        rows = list(sets[name])
+    questions = {name: list(sets[name]) for name in SETS}
+    log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
+    for name, rows in questions.items():
         scores, of_set = _probabilities(model, tokenizer, rows, name, batch_size)
-        log |= of_set | _rouge(model, tokenizer, rows, name, batch_size, max_new_tokens)
+        log |= of_set
         if name == "forget":
             log |= _memorisation(scores)
             log |= _fluency(model, tokenizer, log["forget_Q_A_ROUGE"], batch_size)
@@ -238,28 +238,33 @@ def _probabilities(
 def _rouge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-    name: str,
+    questions: dict[str, list[dict]],
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, dict]:
-    """ROUGE of one set's greedy answers; the log keeps the texts beside the scores."""
-    pairs = _pairs(rows)
-    generations = greedy_answers(
-        model,
-        tokenizer,
-        pairs,
-        # A step of generation sees one token a row.
-        batch_size=4 * batch_size,
-        max_new_tokens=max_new_tokens,
-        desc=f"{name}: answers",
+    """ROUGE of each set's greedy answers, all of them from one pass; the log keeps the texts beside the scores."""
+    generations = iter(
+        greedy_answers(
+            model,
+            tokenizer,
+            _pairs([row for rows in questions.values() for row in rows]),
+            # A step of generation sees one token a row.
+            batch_size=4 * batch_size,
+            max_new_tokens=max_new_tokens,
+            desc="greedy answers",
+        )
     )
-    scores = metrics.rouge(generations, [row["answer"] for row in rows])
-    by_row = [
-        {**score, "input": row["question"], "ground_truth": row["answer"], "generation": generation}
-        for score, row, generation in zip(scores, rows, generations, strict=True)
-    ]
-    return {f"{SETS[name][0]}_Q_A_ROUGE": _metric(float(np.mean([s["rougeL_recall"] for s in scores])), by_row)}
+    log = {}
+    for name, rows in questions.items():
+        texts = [next(generations) for _ in rows]
+        scores = metrics.rouge(texts, [row["answer"] for row in rows])
+        by_row = [
+            {**score, "input": row["question"], "ground_truth": row["answer"], "generation": text}
+            for score, row, text in zip(scores, rows, texts, strict=True)
+        ]
+        mean = float(np.mean([score["rougeL_recall"] for score in scores]))
+        log[f"{SETS[name][0]}_Q_A_ROUGE"] = _metric(mean, by_row)
+    return log
 
 
 def _pairs(rows: list[dict]) -> list[dict]:
