@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, TrainerCallback
 
 from rfa_llm import feature_cache
@@ -210,16 +210,38 @@ def test_the_cache_goes_with_the_run_unless_it_has_a_folder_of_its_own(make_trai
     assert not list((tmp_path / "adapter").glob("_reference_features"))
     own = {"reference_cache": "disk", "reference_cache_dir": str(tmp_path / "cache")}
     assert passes(**own) > 1
-    # A second run finds all of it, whatever else is different, also where the disk is full by now.
+    # A second run finds all of it, whatever else is different, also where the disk is full by now; it computes one
+    # row of either set again.
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    assert passes(**own, learning_rate=1e-4) == 1
+    assert passes(**own, learning_rate=1e-4) == 1 + 2
     monkeypatch.undo()
     # Another base model, in weights or in configuration alone, finds none.
     assert passes(**own, model=tiny_llama(rms_norm_eps=1e-3)) > 1
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
     assert passes(**own, model=model) > 1
+
+
+@pytest.mark.parametrize("change", ["weights", "buffer", "file"])
+def test_features_of_another_model_are_not_taken_for_its_own(change, make_trainer, tmp_path):
+    own = {"reference_cache": "disk", "reference_cache_dir": str(tmp_path / "cache"), "overwrite_output_dir": True}
+    make_trainer(own).train()
+    make_trainer(own).train()
+    trainer = make_trainer(own)
+    base = trainer.model.get_base_model().model
+    if change == "weights":
+        base.layers[0].mlp.up_proj.weight.data.mul_(2)
+    elif change == "buffer":
+        base.rotary_emb.inv_freq.mul_(2)
+    else:
+        for path in (tmp_path / "cache").iterdir():
+            tensors = load_file(path)
+            save_file({name: t if name == "offsets" else 1.2 * t for name, t in tensors.items()}, path)
+    with pytest.raises(
+        ValueError, match="^reference_cache_dir: the features in .*cache' are not those that the model"
+    ):
+        trainer.train()
 
 
 class FailAtStep2(TrainerCallback):

@@ -30,11 +30,12 @@ def test_operations_are_those_that_the_method_needs(runs):
     # The adapter is as large as the model at this size, so methods on LoRA need more than full fine-tuning.
     assert flops["floor"] < flops["rfa"] < flops["rfa_default_blocks"] < flops["npo"]
     assert flops["rfa"] == flops["rfa_random_order"] < flops["rfa_without_cache"]
-    # The blocks' linear layers there and back, two blocks of five, on 64 tokens.
+    # The blocks' linear layers there and back, and attention's two products over all 16 positions of 64 numbers, each
+    # with a gradient for both of its factors; two blocks of five, on 64 tokens.
     config = shape_config("tiny")
     linear = 64 * (64 * 2 + 32 * 2 + 160 * 3)
     assert config.hidden_size == 64 and config.intermediate_size == 160
-    assert flops["floor"] == 64 * 2 * linear * 4
+    assert flops["floor"] == 64 * 2 * (linear * 4 + 2 * 16 * 64 * 2 * 3)
 
 
 def test_the_batches_of_loops_are_those_of_trainers(tmp_path):

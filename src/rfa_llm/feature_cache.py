@@ -158,6 +158,11 @@ class FeatureCache:
             return [number for number in range(len(self._parts)) if number not in self._readers]
         return [number for number in range(len(self._parts)) if not self._opens(number)]
 
+    def first_found(self, missing: Sequence[int]) -> int | None:
+        """A row of a part that was there before, unless all parts are among the missing ones."""
+        found = [part[0] for number, part in enumerate(self._parts) if number not in missing]
+        return found[0] if found else None
+
     def _opens(self, number: int) -> bool:
         """Open a part's file, which stays readable then, whoever deletes it; not one that a copy or a disk cut."""
         path = self._folder / self._names[number]
@@ -199,6 +204,12 @@ class FeatureCache:
                 self._readers[number] = FeatureRows(features, self._aligned)
             else:
                 save_whole(features, self._folder / self._names[number])
+
+    def compute(self, indices: Sequence[int], run: Run, pad_token_id: int, device: torch.device) -> list[torch.Tensor]:
+        """What `rows` gives, from the model."""
+        batch = batches([self._dataset[index] for index in indices], self._tokens, pad_token_id, len(indices))
+        features = FeatureRows(row_features(run, batch, self._aligned, device), self._aligned)
+        return join([features.row(position) for position in range(len(indices))])
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these rows' counted tokens, one row after the other, `[n, hidden]` a block."""

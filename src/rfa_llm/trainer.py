@@ -35,8 +35,8 @@ from .data.pairing import PairCollator, flatten_rows
 from .feature_cache import FeatureCache, batches, has_room_for
 from .unlearning_trainer import UnlearningTrainer
 
-# Relative difference of features that rounding makes in bfloat16, and that a row seen by another exceeds by far.
-PADDING_FREE_TOLERANCE = 0.05
+# Relative difference of features that rounding makes in bfloat16 at most; another row or other weights make more.
+ROUNDING = 0.05
 
 
 class RFATrainer(UnlearningTrainer):
@@ -409,9 +409,30 @@ class RFATrainer(UnlearningTrainer):
                 f"reference_cache_dir: {str(folder)!r} does not show this process what the others wrote; give a "
                 "folder that all machines share, or set reference_cache='memory'."
             )
+        for name, cache in caches.items():
+            self._check_found(
+                cache, cache.first_found(missing[name]), self._shifted_view() if name == "shift" else run
+            )
         if args.padding_free:
             self._check_padding_free(caches["forget"], run)
         return caches
+
+    def _check_found(self, cache: FeatureCache, row: int | None, run: Callable[..., list[torch.Tensor]]) -> None:
+        """Refuse features of an earlier run that are not this model's: the files' names tell of its weights when the
+        trainer was made, and of no buffers."""
+        if row is None:
+            return
+        found, again = (
+            cache.rows([row]),
+            cache.compute([row], run, self.processing_class.pad_token_id, self.args.device),
+        )
+        for before, now in zip(found, again, strict=True):
+            if not residuals.squared_ratio(now - before, now).mean() < ROUNDING**2:
+                raise ValueError(
+                    f"reference_cache_dir: the features in {str(self._cache_dir())!r} are not those that the model "
+                    "gives, so its weights or buffers were changed after the trainer was made, or the files; change "
+                    "the model before, or name another folder."
+                )
 
     def _check_padding_free(self, cache: FeatureCache, run: Callable[..., list[torch.Tensor]]) -> None:
         """Refuse a model whose tokens see the rows before theirs where rows follow one another."""
@@ -423,7 +444,7 @@ class RFATrainer(UnlearningTrainer):
         behind = residuals.select(features, flat["token_mask"] & (flat["row"] == 1))
         for ours, alone in zip(behind, cache.rows([len(forget) - 1]), strict=True):
             alone = alone.to(ours.device)
-            if not residuals.squared_ratio(ours - alone, alone).mean() < PADDING_FREE_TOLERANCE**2:
+            if not residuals.squared_ratio(ours - alone, alone).mean() < ROUNDING**2:
                 raise ValueError(
                     f"padding_free: {type(self._peft_model().get_base_model()).__name__} gives rows that follow one "
                     "another other features than each alone; leave it out."
