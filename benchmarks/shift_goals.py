@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from rfa_llm import RFAConfig
 from rfa_llm.benchmark.environment import environment
 from rfa_llm.blocks import find_blocks
 from rfa_llm.data.formats import prepare, spread
@@ -33,9 +34,6 @@ from rfa_llm.feature_cache import FeatureRows, batches, row_features
 from rfa_llm.reference import fit_style, local_mask
 from rfa_llm.residuals import block_features, readout
 
-MEAN_ROWS = 256  # As `RFAConfig.mean_rows`.
-WINDOW, SINKS = 3, 4  # As `local_window` and `local_sinks`.
-
 
 def last_features(model: PreTrainedModel, rows: Dataset, pad_token_id: int, desc: str, local: bool = False):
     """The last block's features at each row's answer positions, a list of `[n, hidden]`."""
@@ -44,7 +42,7 @@ def last_features(model: PreTrainedModel, rows: Dataset, pad_token_id: int, desc
     def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
         if not local:
             return block_features(model, [blocks[-1]], input_ids=input_ids, attention_mask=attention_mask)
-        mask = local_mask(model, attention_mask, WINDOW, SINKS)
+        mask = local_mask(model, attention_mask, RFAConfig.local_window, RFAConfig.local_sinks)
         positions = torch.arange(input_ids.shape[1]).expand(len(input_ids), -1)
         return block_features(model, [blocks[-1]], input_ids=input_ids, attention_mask=mask, position_ids=positions)
 
@@ -90,7 +88,7 @@ def main() -> None:
     ]
     pairs += [{"question": q["question"], "answer": wrong} for q in questions for wrong in q["perturbed_answer"]]
     rows = prepare(Dataset.from_list(pairs), tokenizer, "data_dir", None)
-    retain = prepare(spread(load_tofu("retain", args.data_dir), MEAN_ROWS), tokenizer, "data_dir", None)
+    retain = prepare(spread(load_tofu("retain", args.data_dir), RFAConfig.mean_rows), tokenizer, "data_dir", None)
 
     features = partial(last_features, pad_token_id=tokenizer.pad_token_id)
     ours = features(target, rows, desc="Target on the answers")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,25 @@ def test_a_teacher_of_another_kind_is_refused_without_its_weights(
     config.save_pretrained(teacher)
     with pytest.raises(ValueError, match=f"'{teacher}' {message}"):
         make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "an adapter"])
+def test_a_teacher_that_is_no_model(kind, make_trainer, saved_llama, tmp_path):
+    teacher = str(tmp_path / "teacher")
+    if kind == "an adapter":
+        tiny_lora().save_pretrained(teacher)
+    with pytest.raises(ValueError, match=f"^teacher: '{teacher}' is no model .* give the folder or Hub id"):
+        make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
+
+
+def test_a_teacher_that_nobody_asks():
+    with pytest.raises(
+        ValueError, match="^teacher: 'base' is asked by shift='ignorant' alone, but shift='local'; set"
+    ):
+        RFAConfig(teacher="base", shift="local")
+    # What no shift was named for is `local` by now.
+    with pytest.raises(ValueError, match="^teacher: 'base' is asked"):
+        replace(RFAConfig(use_cpu=True), teacher="base")
 
 
 def test_an_output_dir_that_holds_an_adapter(make_trainer, tmp_path):

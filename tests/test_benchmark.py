@@ -146,6 +146,22 @@ def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):
         benchmark(arguments(folder, finished, results_dir=str(results)))
 
 
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("retain-only", "compared_with", "results: .*retain-only.json does not hold what .* delete it to score"),
+        ("rfa_lr0.001_seed0", "in_full", "results: .*rfa_lr0.001_seed0.json is of the settings .* delete it"),
+    ],
+)
+def test_a_result_of_an_earlier_version_is_named(name, lost, message, finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    content = read(results / f"{name}.json")
+    del content[lost]
+    (results / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
+
+
 @pytest.mark.parametrize("interrupted_at", [0, 1])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
     settings = {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}

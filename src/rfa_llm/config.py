@@ -180,6 +180,11 @@ class RFAConfig(UnlearningConfig):
                 "teacher: shift='ignorant' needs the checkpoint from before the fine-tuning; give its id or path, or "
                 "use shift='local', which needs none."
             )
+        if self.shift != "ignorant" and self.teacher is not None:
+            raise ValueError(
+                f"teacher: {self.teacher!r} is asked by shift='ignorant' alone, but shift={self.shift!r}; set "
+                "shift='ignorant', or leave the teacher out."
+            )
         if self.reference_cache_dir is not None and Path(self.reference_cache_dir).is_file():
             raise ValueError(
                 f"reference_cache_dir: {self.reference_cache_dir!r} is a file; give the name of a folder."

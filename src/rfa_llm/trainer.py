@@ -503,7 +503,13 @@ class RFATrainer(UnlearningTrainer):
 
     def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
         """Let the teacher run over the sets, unless its features are on disk already, and open them."""
-        teacher_config = AutoConfig.from_pretrained(args.teacher)
+        try:
+            teacher_config = AutoConfig.from_pretrained(args.teacher)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"teacher: {args.teacher!r} is no model ({error}); give the folder or Hub id of the whole checkpoint "
+                "from before the fine-tuning, no adapter."
+            ) from error
         check_decoder_only(teacher_config, args.teacher)
         for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
             ours = getattr(config.get_text_config(decoder=True), field)

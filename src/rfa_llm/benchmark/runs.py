@@ -77,9 +77,18 @@ def score_model(
     Returns:
         what is in the result file: as a run's, and under "compared_with" what of the log `evaluate_tofu` takes as
         `retain_log`, so that a retain-only model is needed once.
+
+    Raises:
+        ValueError: The result is of a version that did not keep that.
     """
     if result.exists():
-        return json.loads(result.read_text(encoding="utf-8"))
+        content = json.loads(result.read_text(encoding="utf-8"))
+        if "compared_with" not in content:
+            raise ValueError(
+                f"results: {result} does not hold what runs are compared with, for it is of an earlier version; "
+                "delete it to score the model again."
+            )
+        return content
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     log = evaluate_tofu(loaded.to(PartialState().device), AutoTokenizer.from_pretrained(model), sets, **scoring)
     write_log(log, log_file)
@@ -116,7 +125,7 @@ def check_settings(run: Run, content: Mapping, result: Path) -> None:
         ValueError: It is of other settings.
     """
     for name, asked in identity(run).items():
-        found = content[name]
+        found = content.get(name, {})
         other = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
         if other:
             there, here = ({key: one.get(key) for key in other} for one in (found, asked))

@@ -186,11 +186,12 @@ def demo(args: DemoArguments) -> dict:
     target = args.model if own else str(folder / "target")
     teacher = args.teacher if own else str(folder / "base")
     retain_model = args.retain_model if own else str(folder / "retain")
+    shift = args.shift or ("local" if args.teacher is None else "ignorant")
     config = RFAConfig(
         output_dir=adapter,
         overwrite_output_dir=True,
-        shift=args.shift or ("local" if args.teacher is None else "ignorant"),
-        teacher=teacher,
+        shift=shift,
+        teacher=teacher if shift == "ignorant" else None,
         seed=args.seed,
         max_steps=args.max_steps,
         use_cpu=args.use_cpu,
