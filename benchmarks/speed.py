@@ -557,6 +557,8 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(json.loads(args.task))))
         return
 
+    if args.shape is None and (args.model is None or args.data_dir is None):
+        sys.exit("model, data_dir: give both, or --shape.")
     file = args.output.with_suffix(".json")
     here = {
         **environment(*(["bitsandbytes"] if args.quantization == "nf4" else [])),

@@ -410,9 +410,8 @@ class RFATrainer(UnlearningTrainer):
                 "folder that all machines share, or set reference_cache='memory'."
             )
         for name, cache in caches.items():
-            self._check_found(
-                cache, cache.first_found(missing[name]), self._shifted_view() if name == "shift" else run
-            )
+            view = self._shifted_view() if name == "shift" else run
+            self._check_found(cache, cache.first_found(missing[name]), view)
         if args.padding_free:
             self._check_padding_free(caches["forget"], run)
         return caches
@@ -422,11 +421,8 @@ class RFATrainer(UnlearningTrainer):
         trainer was made, and of no buffers."""
         if row is None:
             return
-        found, again = (
-            cache.rows([row]),
-            cache.compute([row], run, self.processing_class.pad_token_id, self.args.device),
-        )
-        for before, now in zip(found, again, strict=True):
+        again = cache.compute([row], run, self.processing_class.pad_token_id, self.args.device)
+        for before, now in zip(cache.rows([row]), again, strict=True):
             if not residuals.squared_ratio(now - before, now).mean() < ROUNDING**2:
                 raise ValueError(
                     f"reference_cache_dir: the features in {str(self._cache_dir())!r} are not those that the model "
