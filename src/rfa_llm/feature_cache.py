@@ -205,11 +205,10 @@ class FeatureCache:
             else:
                 save_whole(features, self._folder / self._names[number])
 
-    def compute(self, indices: Sequence[int], run: Run, pad_token_id: int, device: torch.device) -> list[torch.Tensor]:
-        """What `rows` gives, from the model."""
-        batch = batches([self._dataset[index] for index in indices], self._tokens, pad_token_id, len(indices))
-        features = FeatureRows(row_features(run, batch, self._aligned, device), self._aligned)
-        return join([features.row(position) for position in range(len(indices))])
+    def compute(self, index: int, run: Run, pad_token_id: int, device: torch.device) -> list[torch.Tensor]:
+        """What `rows` gives for one row, from the model."""
+        batch = batches([self._dataset[index]], self._tokens, pad_token_id, 1)
+        return FeatureRows(row_features(run, batch, self._aligned, device), self._aligned).row(0)
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these rows' counted tokens, one row after the other, `[n, hidden]` a block."""
