@@ -57,6 +57,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_torch_extensions(tmp_path_factory):
+    """DeepSpeed builds an extension under a lock, which a killed process leaves behind for all that come after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("torch_extensions")))
+        yield
+
+
 @pytest.fixture
 def hub():
     """A Hub of our own, on loopback."""
