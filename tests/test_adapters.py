@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import perturb, tiny_llama, tiny_lora
 from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 
-from rfa_llm.adapters import computing_in_model_dtype, read_adapter
+from rfa_llm.adapters import computing_in_model_dtype, read_adapter, scale_adapter
 from rfa_llm.evaluation.scores import next_token_logits
 
 CPU = torch.device("cpu")
@@ -54,6 +55,30 @@ def test_models_of_another_dtype_or_without_an_adapter_are_left_alone():
     plain = tiny_llama()
     with computing_in_model_dtype(plain, CPU):
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
+        {"target_modules": ["embed_tokens", "up_proj"]},
+    ],
+    ids=["linear", "dora", "bias", "embedding"],
+)
+def test_scaled_weights_compute_what_a_scaled_adapter_does(more):
+    model = get_peft_model(tiny_llama(), tiny_lora(**more))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    before = model(IDS).logits
+    with rescale_adapter_scale(model, 1.5):
+        expected = model(IDS).logits
+    scale_adapter(model, 1.5)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert (expected - before).norm() > 0.01 * before.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -299,7 +299,7 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
         ({"methods": {"rfa": {"alpha": 1.0}}}, "methods: 'rfa' is .* give it a `trainer`"),
         (
             {"methods": {"rfa": {"trainer": "rfa", "stop_at": "calibrated"}}},
-            "holdout_dataset: none is given, and 'rfa' has stop_at='calibrated'",
+            "holdout_dataset: none is given, and 'rfa' has stop_at='calibrated' and no teacher",
         ),
         ({"only": ["nop"]}, r"only: \['nop'\] are not among the methods"),
         ({"points": 3}, "points: 3 does not divide max_steps=4"),

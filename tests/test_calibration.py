@@ -6,6 +6,8 @@ from statistics import fmean
 import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
+from peft import IA3Config, PeftModel
+from peft.helpers import rescale_adapter_scale
 
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.data.formats import encode
@@ -62,25 +64,49 @@ def test_the_training_ends_where_forget_answers_look_unseen(more, knowing, make_
         unseen = naive_loss(trainer.model, tokenizer, HOLDOUT)
         assert naive_loss(trainer.model, tokenizer, forget) < 0.5 * unseen
     assert metrics["holdout_answer_loss"] == pytest.approx(unseen, rel=1e-5)
-    assert metrics["forget_answer_loss"] == pytest.approx(naive_loss(trainer.model, tokenizer, forget), rel=1e-5)
-
+    scaled = naive_loss(trainer.model, tokenizer, forget)
     steps = trainer.state.global_step
+    assert metrics["forget_answer_loss"] == looks(trainer)[steps] == pytest.approx(scaled, rel=1e-5)
+
+    # The last step went too far; what it went too far was taken back.
     assert steps < 80 and list(looks(trainer)) == list(range(2, steps + 1, 2))
-    assert all((loss >= unseen) == (step == steps) for step, loss in looks(trainer).items())
+    assert scaled == pytest.approx(unseen, rel=0.02)
+    assert all(loss < unseen for step, loss in looks(trainer).items() if step != steps)
+    assert 0 < metrics["adapter_scale"] < 1
+    with rescale_adapter_scale(trainer.model, 1 / metrics["adapter_scale"]):
+        assert naive_loss(trainer.model, tokenizer, forget) > max(unseen, scaled)
     if more["save_strategy"] == "no":
         assert newest_whole_checkpoint(trainer.args.output_dir) is None
     else:
         assert newest_whole_checkpoint(trainer.args.output_dir).endswith(f"checkpoint-{steps}")
 
 
-def test_an_end_before_that_is_said(knowing, make_trainer, caplog):
+def test_an_adapter_that_fell_short_is_made_stronger(knowing, make_trainer, tokenizer, forget, caplog, tmp_path):
+    short = {**CONFIG, "max_steps": 5, "learning_rate": 2e-3, "save_strategy": "steps", "save_steps": 5}
+    trainer = make_trainer(short, model=knowing, holdout_dataset=HOLDOUT)
     with caplog.at_level("WARNING"):
-        slowly = {**CONFIG, "max_steps": 5, "learning_rate": 2e-3}
+        metrics = trainer.train().metrics
+    assert trainer.state.global_step == 5 and "stop_at" not in caplog.text
+    assert 1 < metrics["adapter_scale"] <= 2
+    assert metrics["forget_answer_loss"] == pytest.approx(metrics["holdout_answer_loss"], rel=0.02)
+    # In the weights themselves: whoever loads what was saved has it.
+    for saved in (newest_whole_checkpoint(trainer.args.output_dir), str(tmp_path / "saved")):
+        if saved.endswith("saved"):
+            trainer.save_model(saved)
+        loaded = PeftModel.from_pretrained(trainer.model.get_base_model(), saved, adapter_name="loaded")
+        loaded.set_adapter("loaded")
+        assert naive_loss(loaded, tokenizer, forget) == pytest.approx(metrics["forget_answer_loss"], rel=1e-5)
+
+
+def test_an_end_far_before_that_is_said(knowing, make_trainer, caplog):
+    with caplog.at_level("WARNING"):
+        slowly = {**CONFIG, "max_steps": 3, "learning_rate": 2e-3}
         trainer = make_trainer(slowly, model=knowing, holdout_dataset=HOLDOUT)
         metrics = trainer.train().metrics
     # The last step is looked at whatever its number.
-    reached = looks(trainer)[5]
-    assert reached != looks(trainer)[4] and metrics["forget_answer_loss"] == reached
+    reached = looks(trainer)[3]
+    assert reached != looks(trainer)[2] and metrics["forget_answer_loss"] == reached
+    assert metrics["adapter_scale"] == 1
     assert f"ended with the forget set's answers at a loss of {reached:.3f} nats a token, below" in caplog.text
 
 
@@ -88,7 +114,7 @@ def test_the_looks_change_nothing_of_the_training(knowing, make_trainer):
     adapters = []
     for config, holdout in ((CONFIG, HOLDOUT), ({**CONFIG, "stop_at": None}, None)):
         trainer = make_trainer(
-            {**config, "max_steps": 5, "learning_rate": 2e-3},
+            {**config, "max_steps": 3, "learning_rate": 2e-3},
             model=copy.deepcopy(knowing),
             peft_config=tiny_lora(lora_dropout=0.1),
             holdout_dataset=holdout,
@@ -99,12 +125,53 @@ def test_the_looks_change_nothing_of_the_training(knowing, make_trainer):
         assert weight.any() and torch.equal(weight, adapters[1][name]), name
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+@pytest.mark.parametrize("style_correction", [True, False])
+def test_with_a_teacher_the_level_is_that_of_the_shifted_features(
+    style_correction, tokens, knowing, make_trainer, tokenizer, forget, tmp_path
+):
+    teacher = tiny_llama()
+    for name, model in (("model", knowing), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+    config = {"shift": "ignorant", "teacher": str(tmp_path / "teacher"), "style_correction": style_correction}
+    trainer = make_trainer({**CONFIG, **config, "forget_tokens": tokens}, model=str(tmp_path / "model"))
+    metrics = trainer.train().metrics
+
+    seen, losses = {}, []
+    teacher.model.layers[-1].register_forward_hook(lambda module, args, output: seen.update(last=output))
+    with torch.no_grad():
+        for row in forget:
+            encoded = encode(row, tokenizer)
+            ids, start = torch.tensor(encoded["input_ids"]), encoded["answer_start"]
+            teacher(ids[None])
+            goal = seen["last"].reshape(len(ids), -1)
+            if style_correction:
+                style = trainer._method_state()[-1]
+                goal = goal + goal @ style[:-1] + style[-1]
+            log_probs = knowing.lm_head(knowing.model.norm(goal)).double().log_softmax(-1)
+            losses.append(fmean(-log_probs[t - 1, ids[t]].item() for t in range(start, len(ids))))
+    assert metrics["goal_answer_loss"] == pytest.approx(fmean(losses), rel=1e-5)
+    assert metrics["forget_answer_loss"] == pytest.approx(fmean(losses), rel=0.02)
+
+
+def test_what_cannot_be_scaled_or_read_is_refused(make_trainer, saved_llama, tmp_path):
+    with pytest.raises(ValueError, match="^stop_at: 'calibrated' scales a LoRA adapter .* or pass a LoraConfig"):
+        ia3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+        make_trainer(CONFIG, peft_config=ia3, holdout_dataset=HOLDOUT)
+    tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
+    config = {**CONFIG, "shift": "ignorant", "teacher": str(tmp_path / "teacher")}
+    with pytest.raises(ValueError, match="^holdout_dataset: one is given beside a teacher, .*; leave it out"):
+        make_trainer(config, model=saved_llama, holdout_dataset=HOLDOUT)
+    with pytest.raises(ValueError, match="^stop_at: .* but blocks ends with 2 of 4; align block -1 too"):
+        make_trainer({**config, "blocks": [1, 2]}, model=saved_llama)
+
+
 def test_nothing_to_forget_is_said_before_the_training(make_trainer, tokenizer):
     # An untrained model knows no row; whichever set it finds less likely is the one to be forgotten.
     one, other = tiny_rows(3, first=0), tiny_rows(3, first=40)
     likely, unlikely = sorted((one, other), key=lambda rows: naive_loss(tiny_llama(), tokenizer, rows))
     trainer = make_trainer(CONFIG, forget_dataset=unlikely, holdout_dataset=likely)
-    with pytest.raises(ValueError, match="^holdout_dataset: .* look no more familiar; give rows of"):
+    with pytest.raises(ValueError, match="^stop_at: .* holdout_answer_loss, .* look no more familiar; give a"):
         trainer.train()
     assert trainer.state.global_step == 0
 

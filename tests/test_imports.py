@@ -16,7 +16,7 @@ ALLOWED = {
     "unlearning_config": set(),
     "config": {"shifts", "unlearning_config"},
     "data": {"data"},
-    "adapters": set(),
+    "adapters": {"memory"},
     "evaluation": {"evaluation", "data.formats", "adapters"},
     "feature_cache": {"data"},
     "reference": {"adapters", "blocks", "residuals", "feature_cache"},
@@ -29,8 +29,8 @@ ALLOWED = {
     | {"card", "hub", "receipt"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
-    "calibration": {"adapters", "data", "evaluation"},
-    "trainer": {"blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
+    "calibration": {"adapters", "data", "evaluation", "memory"},
+    "trainer": {"adapters", "blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
     | {"calibration", "checkpoints", "data", "feature_cache"},
     "callbacks": {"evaluation", "memory"},
     "progress": set(),

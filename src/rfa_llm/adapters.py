@@ -10,7 +10,10 @@ import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
+
+from .memory import held_values
 
 
 @contextmanager
@@ -25,6 +28,17 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         yield
     for parameter, train in trains:
         parameter.requires_grad_(train)
+
+
+@torch.no_grad()
+def scale_adapter(model: nn.Module, factor: float) -> None:
+    """Multiply what a LoRA adapter adds by a factor, in its weights (`lora_B`), so that it is saved with them."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            values = held_values(parameter)
+            # ZeRO-3 may hold one weight in two tensors.
+            for value, scaled in zip(values, [factor * value for value in values], strict=True):
+                value.copy_(scaled)
 
 
 @contextmanager

@@ -55,8 +55,9 @@ class RFAConfig(UnlearningConfig):
         mean_rows (`int`, defaults to `256`): Retain rows over which `mean` takes its mean, and the style correction
             its maps.
         stop_at (`str`, *optional*): `"calibrated"` ends the training when the forget set's answers are as unlikely
-            as those of a holdout set, which the model never saw (`rfa_llm.calibration`); by default it ends after
-            `num_train_epochs` or `max_steps`, which otherwise are the most that it takes.
+            as the teacher's shift would make them, or without a teacher those of a holdout set, which the model never
+            saw, and scales the adapter so that they are just that (`rfa_llm.calibration`). By default the training
+            ends after `num_train_epochs` or `max_steps`, which otherwise are the most that it takes.
         calibration_steps (`int`, defaults to `10`): Steps between two looks at the forget set's answers.
 
     Raises:
@@ -134,7 +135,8 @@ class RFAConfig(UnlearningConfig):
     stop_at: str | None = field(
         default=None,
         metadata={
-            "help": "calibrated: end when the forget set's answers are as unlikely as a holdout set's.",
+            "help": "calibrated: end when the forget set's answers are as unlikely as a holdout set's, or as the "
+            "teacher's shift would make them, and scale the adapter so that they are just that.",
             "choices": ["calibrated"],
         },
     )

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,11 +29,12 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from . import reference, residuals, shifts
+from .adapters import adapter_off
 from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
-from .calibration import StopWhenCalibrated
+from .calibration import LOOK_ROWS, StopWhenCalibrated, mean_answer_loss
 from .checkpoints import digest
 from .config import RFAConfig
-from .data.formats import check_disjoint, load_rows, prepare
+from .data.formats import check_disjoint, load_rows, prepare, spread
 from .data.pairing import PairCollator, flatten_rows
 from .feature_cache import FeatureCache, batches, has_room_for
 from .unlearning_trainer import UnlearningTrainer
@@ -68,8 +72,8 @@ class RFATrainer(UnlearningTrainer):
         forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .json, .csv or .parquet
             file, or a Hub id, in one of the formats of `rfa_llm.data.formats`.
         retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
-        holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"`: rows of the forget
-            set's kind that the model never saw.
+        holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"` without a teacher:
+            rows of the forget set's kind that the model never saw.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; by default the
             model's own.
         shift (`Callable`, *optional*): A shift of your own, `(reference [n, hidden], block) -> [n, hidden]`, in the
@@ -104,6 +108,7 @@ class RFATrainer(UnlearningTrainer):
     ):
         self.shift = shift
         self._holdout_dataset = holdout_dataset
+        self._holdout: Dataset | None = None
         self._calibration: StopWhenCalibrated | None = None
         self._teacher: reference.TeacherFeatures | None = None
         self._shift_vectors: torch.Tensor | None = None
@@ -133,27 +138,45 @@ class RFATrainer(UnlearningTrainer):
                 f"next_token_weight: {args.next_token_weight} needs the last block's features, but blocks ends with "
                 f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0."
             )
-        if (self._holdout_dataset is None) != (args.stop_at is None):
+        if args.stop_at is not None and self._has_teacher(args):
+            if self._holdout_dataset is not None:
+                raise ValueError(
+                    "holdout_dataset: one is given beside a teacher, which says what ignorance is by itself; leave it "
+                    "out."
+                )
+            if self.aligned[-1] != num_blocks(config) - 1:
+                raise ValueError(
+                    f"stop_at: {args.stop_at!r} with a teacher reads answers from the last block's shifted features, "
+                    f"but blocks ends with {self.aligned[-1]} of {num_blocks(config)}; align block -1 too."
+                )
+        elif (self._holdout_dataset is None) != (args.stop_at is None):
             raise ValueError(
                 f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
-                f"{args.stop_at!r}; stop_at='calibrated' needs rows that the model never saw, and nothing else does."
+                f"{args.stop_at!r}; stop_at='calibrated' without a teacher needs rows that the model never saw, and "
+                "nothing else does."
             )
+
+    def _has_teacher(self, args: RFAConfig) -> bool:
+        return self.shift is None and args.shift == "ignorant"
 
     def _make_pairs(self, args, forget, retain, forget_rows, processing_class):
         if args.stop_at is not None:
-            rows = load_rows(self._holdout_dataset, "holdout_dataset")
-            holdout = prepare(rows, processing_class, "holdout_dataset", args.max_length)
-            check_disjoint(holdout, forget, "holdout_dataset", "forget_dataset")
-            check_disjoint(holdout, retain, "holdout_dataset", "retain_dataset")
-            self._holdout_digest = digest(json.dumps(holdout["input_ids"][:]))
+            level, name = self._goal_answer_loss, "goal_answer_loss"
+            if not self._has_teacher(args):
+                rows = load_rows(self._holdout_dataset, "holdout_dataset")
+                self._holdout = prepare(rows, processing_class, "holdout_dataset", args.max_length)
+                check_disjoint(self._holdout, forget, "holdout_dataset", "forget_dataset")
+                check_disjoint(self._holdout, retain, "holdout_dataset", "retain_dataset")
+                self._holdout_digest = digest(json.dumps(self._holdout["input_ids"][:]))
+                level, name = self._holdout_answer_loss, "holdout_answer_loss"
             self._calibration = StopWhenCalibrated(
-                forget_rows, rows, args.calibration_steps, 2 * args.per_device_train_batch_size
+                forget, level, name, args.calibration_steps, 2 * args.per_device_train_batch_size
             )
         return super()._make_pairs(args, forget, retain, forget_rows, processing_class)
 
     def _before_model(self, args, model, config, forget, retain, pad_token_id):
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
-        if self.shift is None and args.shift == "ignorant":
+        if self._has_teacher(args):
             if not isinstance(model, str):
                 raise ValueError(
                     "model: shift='ignorant' runs the teacher before the model is loaded, so that two models never "
@@ -179,6 +202,13 @@ class RFATrainer(UnlearningTrainer):
                 "ours, so rows would see one another; leave it out."
             )
         check_adapter_placement(base, self.aligned)
+        if args.stop_at is not None and not all(
+            isinstance(layer, LoraLayer) for layer in base.modules() if isinstance(layer, BaseTunerLayer)
+        ):
+            raise ValueError(
+                f"stop_at: {args.stop_at!r} scales a LoRA adapter at the end, and this is another kind; leave it "
+                "out, or pass a LoraConfig."
+            )
         if self.shift is None and args.shift in ("local", "smoothed"):
             reference.check_attention(base, args.shift)
         if args.residual == "branch":
@@ -194,7 +224,9 @@ class RFATrainer(UnlearningTrainer):
         return {
             "shift": self.args.shift if self.shift is None else "a function",
             "blocks": ", ".join(map(str, self.aligned)),
-            **({"holdout_dataset": self._holdout_digest} if self.args.stop_at else {}),
+            **(
+                {} if self._holdout is None else {"holdout_dataset": digest(json.dumps(self._holdout["input_ids"][:]))}
+            ),
             # A teacher may have been trained again under its name.
             **({} if self._teacher is None else {"teacher": f"{self.args.teacher} ({self._teacher.name})"}),
         }
@@ -343,6 +375,31 @@ class RFATrainer(UnlearningTrainer):
             return partial(reference.smoothed_features, model, blocks, temperature=args.smoothing_temperature)
         return partial(reference.local_features, model, blocks, window=args.local_window, sinks=args.local_sinks)
 
+    # ---- when the answers are unlikely enough ----
+
+    def _holdout_answer_loss(self, model: nn.Module) -> float:
+        """Mean loss of answers that the model never saw, without its adapter."""
+        batch_size = 2 * self.args.per_device_train_batch_size
+        with adapter_off(model):
+            return mean_answer_loss(model, self._holdout, batch_size, self.args.device, "holdout: losses")
+
+    @torch.no_grad()
+    def _goal_answer_loss(self, model: nn.Module) -> float:
+        """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""
+        if self._shift_vectors is None:
+            self._shift_vectors = self._make_shift_vectors()
+        model, device, losses = self._peft_model(), self.args.device, []
+        for row in spread(self._sets["forget"], LOOK_ROWS):
+            answer = torch.tensor(row["input_ids"][row["answer_start"] :])
+            # The position before a token predicts it.
+            teacher = self._teacher.rows([row["index"]])[-1][-len(answer) - 1 : -1].to(device)
+            style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
+            # This shift leads to the same place from wherever it begins.
+            goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
+            logits = residuals.readout(model, find_blocks(model.get_base_model()), goal).float()
+            losses.append(nn.functional.cross_entropy(logits, answer.to(logits.device)).item())
+        return reduce(torch.tensor(fmean(losses), device=device), "mean").item()
+
     # ---- what never changes, computed once ----
 
     def _cached_views(self) -> dict[str, tuple]:
@@ -391,10 +448,11 @@ class RFATrainer(UnlearningTrainer):
         # In memory every process needs all of them, on disk they share the work.
         process, processes = (0, 1) if folder is None else (self.accelerator.process_index, args.world_size)
         run = partial(reference.reference_features, model, self._blocks())
+        runs = {name: self._shifted_view() if name == "shift" else run for name in caches}
         place = "in memory" if folder is None else "on disk"
         for name, cache in caches.items():
             cache.fill(
-                self._shifted_view() if name == "shift" else run,
+                runs[name],
                 missing[name],
                 self.processing_class.pad_token_id,
                 2 * args.per_device_train_batch_size,
@@ -410,10 +468,9 @@ class RFATrainer(UnlearningTrainer):
                 "folder that all machines share, or set reference_cache='memory'."
             )
         for name, cache in caches.items():
-            view = self._shifted_view() if name == "shift" else run
-            self._check_found(cache, cache.first_found(missing[name]), view)
+            self._check_found(cache, cache.first_found(missing[name]), runs[name])
         if args.padding_free:
-            self._check_padding_free(caches["forget"], run)
+            self._check_padding_free(caches["forget"], runs["forget"])
         return caches
 
     def _check_found(self, cache: FeatureCache, row: int | None, run: Callable[..., list[torch.Tensor]]) -> None:
@@ -421,7 +478,7 @@ class RFATrainer(UnlearningTrainer):
         trainer was made, and of no buffers."""
         if row is None:
             return
-        again = cache.compute([row], run, self.processing_class.pad_token_id, self.args.device)
+        again = cache.compute(row, run, self.processing_class.pad_token_id, self.args.device)
         for before, now in zip(cache.rows([row]), again, strict=True):
             if not residuals.squared_ratio(now - before, now).mean() < ROUNDING**2:
                 raise ValueError(

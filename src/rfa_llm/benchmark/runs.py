@@ -151,7 +151,7 @@ def train_and_score(
         run: what to train.
         model: path of the target.
         forget, retain: the sets to train on.
-        holdout: rows that the target never saw, for a run with `stop_at`.
+        holdout: rows that the target never saw, for a run with `stop_at` and without a teacher.
         sets: the questions, as `evaluate_tofu` takes them.
         result: where the result goes.
         folder: where checkpoints and points lie until the result is written; the last adapter stays there.
@@ -202,7 +202,8 @@ def make_trainer(
     if lora is not None:
         given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if isinstance(args, RFAConfig):
-        return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if args.stop_at else {}))
+        needs_holdout = args.stop_at is not None and args.teacher is None
+        return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if needs_holdout else {}))
     return RIVALS[args.method](model, args, **given)
 
 

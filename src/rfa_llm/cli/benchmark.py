@@ -105,10 +105,11 @@ class BenchmarkArguments:
         for name, settings in self.methods.items():
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
-            if settings.get("stop_at") is not None and self.holdout_dataset is None:
+            needs_holdout = settings.get("stop_at") is not None and settings.get("teacher") is None
+            if needs_holdout and self.holdout_dataset is None:
                 raise ValueError(
-                    f"holdout_dataset: none is given, and {name!r} has stop_at={settings['stop_at']!r}; give rows "
-                    "that no model saw."
+                    f"holdout_dataset: none is given, and {name!r} has stop_at={settings['stop_at']!r} and no "
+                    "teacher; give rows that no model saw."
                 )
         unknown = sorted(set(self.only or ()) - set(self.methods))
         if unknown:
