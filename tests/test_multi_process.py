@@ -46,11 +46,12 @@ def folder(tmp_path_factory):
             words = [f"w{draw.randrange(52)}" for _ in range(draw.choice([1, 2, 5, 40]))]
             rows.append({"question": f"{name} w{i} w{draw.randrange(52)} ?", "answer": " ".join(words)})
         Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
-    # The words that the untrained model finds least likely.
-    rows = [{"question": "holdout w0 ?", "answer": f"w{word}"} for word in range(52)]
+    # The words that the untrained model finds most likely, and others.
+    rows = [{"question": "w0 w1 ?", "answer": f"w{word}"} for word in range(52)]
     losses = answer_losses(tiny_llama(), tiny_tokenizer(), rows)
-    unlikely = sorted(range(52), key=lambda word: -losses[word])[:6]
-    Dataset.from_list([rows[word] for word in unlikely]).to_json(folder / "holdout.jsonl")
+    by_loss = [rows[word] for word in sorted(range(52), key=lambda word: losses[word])]
+    for name, begin in (("familiar", 0), ("holdout", 8)):
+        Dataset.from_list(by_loss[begin : begin + 8]).to_json(folder / f"{name}.jsonl")
     return folder
 
 
@@ -202,23 +203,30 @@ def test_every_shift_under_every_mode(mode, shift, folder, tmp_path):
     "mode",
     ["fsdp2", "zero3", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
 )
-def test_looks_at_the_answers_are_the_same_everywhere(mode, folder, tmp_path):
-    settings = {"stop_at": "calibrated", "calibration_steps": 2, "holdout_dataset": folder / "holdout.jsonl"}
-    # Looks run the whole model, steps all but its last block.
-    settings["blocks"] = 2
+@pytest.mark.parametrize("level", ["holdout", pytest.param("goal", marks=pytest.mark.slow)])
+def test_looks_at_the_answers_and_the_scale_are_the_same_everywhere(level, mode, folder, tmp_path):
+    settings = {"stop_at": "calibrated", "calibration_steps": 2, "forget_dataset": folder / "familiar.jsonl"}
+    if level == "holdout":
+        # Looks run the whole model, steps all but its last block.
+        settings |= {"holdout_dataset": folder / "holdout.jsonl", "blocks": 2}
+    else:
+        settings["shift"] = "ignorant"
     alone = one_process(folder, tmp_path / "alone", **settings)
     both = two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", **settings)
     ours, theirs = (
         [
-            (entry["step"], entry["forget_answer_loss"], entry["holdout_answer_loss"])
+            (entry["step"], entry["forget_answer_loss"], entry[f"{level}_answer_loss"], entry.get("adapter_scale", 1))
             for entry in json.loads((path / "trainer_state.json").read_text())["log_history"]
             if "forget_answer_loss" in entry
         ]
         for path in (both, alone)
     )
-    assert len(ours) > 1
+    assert ours[-1][-1] != 1
     for our, their in zip(ours, theirs, strict=True):
         assert our == pytest.approx(their, rel=1e-5)
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (both, alone))
+    for name in a:
+        assert torch.linalg.norm(a[name] - b[name]) <= 1e-4 * torch.linalg.norm(b[name]), name
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "zero3"])

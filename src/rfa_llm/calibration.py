@@ -63,7 +63,8 @@ class StopWhenCalibrated(TrainerCallback):
     ):
         self._forget, self._make_level, self._level_name = forget, level, level_name
         self._steps, self._batch_size = steps, batch_size
-        self._level = 0.0
+        # Of the forget set's answers without the adapter, and what they are to come to; from the training's begin.
+        self._known, self._level = 0.0, 0.0
         self.look: dict[str, float] = {}
         self.is_new = False
 
@@ -72,12 +73,14 @@ class StopWhenCalibrated(TrainerCallback):
 
     def _scale(self, args, model, loss: float) -> float:
         """Multiply the adapter's effect by the factor at which `loss`, the model's now, would be the level."""
+        losses = {0.0: self._known, 1.0: loss}
 
         def beyond(factor: float) -> float:
-            with rescale_adapter_scale(model, factor):
-                return self._loss(args, model) - self._level
+            if factor not in losses:
+                with rescale_adapter_scale(model, factor):
+                    losses[factor] = self._loss(args, model)
+            return losses[factor] - self._level
 
-        # With no effect at all the loss is below the level, or the training had not begun.
         low, high = (1.0, LARGEST_SCALE) if loss < self._level else (0.0, 1.0)
         if beyond(high) < 0:
             return 1.0
@@ -90,13 +93,13 @@ class StopWhenCalibrated(TrainerCallback):
         self.look, self.is_new = {}, False
         self._level = self._make_level(model)
         with adapter_off(model):
-            known = self._loss(args, model)
-        if known >= self._level:
+            self._known = self._loss(args, model)
+        if self._known >= self._level:
             raise ValueError(
-                f"stop_at: the forget set's answers have a loss of {known:.3f} nats a token before any training, and "
-                f"{self._level_name}, which stands for ignorance, is {self._level:.3f}: they look no more familiar; "
-                "give a holdout_dataset of the forget set's kind that the model never saw, or the teacher from before "
-                "the fine-tuning, or leave stop_at out."
+                f"stop_at: the forget set's answers have a loss of {self._known:.3f} nats a token before any "
+                f"training, and {self._level_name}, which stands for ignorance, is {self._level:.3f}: they look no "
+                "more familiar; give a holdout_dataset of the forget set's kind that the model never saw, or the "
+                "teacher from before the fine-tuning, or leave stop_at out."
             )
 
     def on_step_end(self, args, state, control, model, **kwargs):
