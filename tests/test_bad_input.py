@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     BertConfig,
     BitsAndBytesConfig,
@@ -180,6 +180,11 @@ def test_first_weights_that_are_let_pass_leave_the_base_as_it_is(init, make_trai
 def test_an_adapter_that_trains_the_bases_biases_is_refused(bias, make_trainer):
     with pytest.raises(ValueError, match=f"^peft_config: bias='{bias}' trains the base's own biases.*leave it 'none'"):
         make_trainer(model="nowhere", peft_config=tiny_lora(bias=bias))
+
+
+def test_an_adapter_outside_the_blocks(make_trainer):
+    with pytest.raises(ValueError, match="^peft_config: PromptTuningConfig puts nothing into the blocks; use a Lora"):
+        make_trainer(model="nowhere", peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):

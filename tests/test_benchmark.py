@@ -5,9 +5,11 @@ import shutil
 from statistics import fmean, harmonic_mean
 
 import pytest
+import torch
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import concatenate_datasets
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rfa_llm.benchmark import Run, best_learning_rate, runs, score_model, table, train_and_score
@@ -193,6 +195,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_pat
     # The interrupted scoring is made up for; no other is repeated.
     assert len(points) == 3
     assert read(tmp_path / "part.json")["points"] == read(tmp_path / "whole.json")["points"]
+    whole, part = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
 def result(rate: float, seed: int, qualities: list[float], utilities: list[float]) -> dict:

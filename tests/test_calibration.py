@@ -5,12 +5,16 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_lora, tiny_rows
-from peft import IA3Config, PeftModel
+from conftest import perturb, tiny_llama, tiny_lora, tiny_rows
+from peft import IA3Config, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from transformers import TrainerCallback
 
+from rfa_llm.calibration import StopWhenCalibrated
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.data.formats import encode
+from rfa_llm.evaluation.scores import BrokenModelError
 
 HOLDOUT = tiny_rows(5, first=40)
 
@@ -107,22 +111,109 @@ def test_an_end_far_before_that_is_said(knowing, make_trainer, caplog):
     reached = looks(trainer)[3]
     assert reached != looks(trainer)[2] and metrics["forget_answer_loss"] == reached
     assert metrics["adapter_scale"] == 1
-    assert f"ended with the forget set's answers at a loss of {reached:.3f} nats a token, below" in caplog.text
+    assert f"ended with the forget set's answers at a loss of {reached:.3f} nats a token, where" in caplog.text
 
 
-def test_the_looks_change_nothing_of_the_training(knowing, make_trainer):
+@pytest.mark.parametrize("level", ["holdout", "goal"])
+def test_the_looks_change_nothing_of_the_training(level, knowing, make_trainer, tmp_path):
+    for name, model in (("model", knowing), ("teacher", tiny_llama())):
+        model.save_pretrained(tmp_path / name)
+    more = {} if level == "holdout" else {"shift": "ignorant", "teacher": str(tmp_path / "teacher")}
     adapters = []
-    for config, holdout in ((CONFIG, HOLDOUT), ({**CONFIG, "stop_at": None}, None)):
+    for stop_at in ("calibrated", None):
         trainer = make_trainer(
-            {**config, "max_steps": 3, "learning_rate": 2e-3},
-            model=copy.deepcopy(knowing),
+            {**CONFIG, "stop_at": stop_at, "max_steps": 3, "learning_rate": 2e-3, **more},
+            model=str(tmp_path / "model"),
             peft_config=tiny_lora(lora_dropout=0.1),
-            holdout_dataset=holdout,
+            holdout_dataset=HOLDOUT if stop_at and level == "holdout" else None,
         )
-        trainer.train()
-        adapters.append({name: p for name, p in trainer.model.named_parameters() if "lora_" in name})
+        factor = trainer.train().metrics.get("adapter_scale", 1.0)
+        adapters.append({name: p for name, p in trainer.model.named_parameters() if "lora_A" in name})
+        trained = {name: p / factor for name, p in trainer.model.named_parameters() if "lora_B" in name}
+        adapters[-1] |= trained
     for name, weight in adapters[0].items():
-        assert weight.any() and torch.equal(weight, adapters[1][name]), name
+        assert weight.any()
+        torch.testing.assert_close(weight, adapters[1][name], rtol=1e-5, atol=0)
+
+
+class Curve(StopWhenCalibrated):
+    """Stands for a model whose forget loss is a function of its adapter's scale."""
+
+    def __init__(self, curve, level):
+        super().__init__(None, lambda model: level, "holdout_answer_loss", 1, 1)
+        self.curve, self._level = curve, level
+
+    def _loss(self, args, model):
+        return self.curve(next(m for m in model.modules() if isinstance(m, LoraLayer)).scaling["default"] / 2)
+
+
+def too_much(factor):
+    if factor > 1.3:
+        raise BrokenModelError("NaN")
+    return factor
+
+
+@pytest.mark.parametrize(
+    ("curve", "level", "expected"),
+    [
+        (lambda factor: factor, 1.7, 1.7),
+        (lambda factor: factor**3, 0.2, 0.2 ** (1 / 3)),
+        # It comes to the level and falls back.
+        (lambda factor: 2 - (factor - 1.4) ** 2, 1.95, 1.4 - 0.05**0.5),
+        (too_much, 1.2, 1.2),
+        (too_much, 1.4, 1),
+        (lambda factor: factor, 2.5, 1),
+        # There is something beside what is scaled.
+        (lambda factor: 2 + factor, 1.5, 1),
+    ],
+)
+def test_the_scale_is_where_the_loss_is_the_level(curve, level, expected):
+    model = get_peft_model(tiny_llama(), tiny_lora())
+    perturb(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    callback = Curve(curve, level)
+    factor = callback._scale(None, model, callback._loss(None, model))
+    assert factor == pytest.approx(expected, abs=0.02) if expected != 1 else factor == 1
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (factor if "lora_B" in name else 1))
+
+
+class StopAt3(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == 3
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_training_that_something_else_ends(before, knowing, make_trainer, tokenizer, forget, caplog):
+    config = {**CONFIG, "calibration_steps": 2, "learning_rate": 4e-3}
+    callbacks = [StopAt3()] if before else []
+    trainer = make_trainer(config, model=knowing, holdout_dataset=HOLDOUT, callbacks=callbacks)
+    if not before:
+        trainer.add_callback(StopAt3())
+    with caplog.at_level("WARNING"):
+        metrics = trainer.train().metrics
+    assert trainer.state.global_step == 3
+    if before:
+        assert metrics["adapter_scale"] > 0
+        assert metrics["forget_answer_loss"] == pytest.approx(naive_loss(trainer.model, tokenizer, forget), rel=1e-5)
+    else:
+        assert "something else ended the training at step 3" in caplog.text
+
+
+@pytest.mark.parametrize("max_steps", [5, 80])
+def test_a_run_that_had_ended_is_left_as_it_is(max_steps, knowing, make_trainer):
+    config = {**CONFIG, "learning_rate": 4e-3, "save_strategy": "steps", "save_steps": 50, "max_steps": max_steps}
+    config["save_steps"] = min(50, max_steps)
+    adapters, metrics = [], []
+    for resume in (None, True):
+        trainer = make_trainer(config, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
+        metrics.append(trainer.train(resume_from_checkpoint=resume).metrics)
+        adapters.append({name: p for name, p in trainer.model.named_parameters() if "lora_" in name})
+        adapters[-1]["steps"] = torch.tensor(trainer.state.global_step)
+    for name, weight in adapters[0].items():
+        assert torch.equal(weight, adapters[1][name]), name
+    for name in ("adapter_scale", "forget_answer_loss", "holdout_answer_loss"):
+        assert metrics[0][name] == metrics[1][name]
 
 
 @pytest.mark.parametrize("tokens", ["answer", "all"])
@@ -166,12 +257,21 @@ def test_what_cannot_be_scaled_or_read_is_refused(make_trainer, saved_llama, tmp
         make_trainer({**config, "blocks": [1, 2]}, model=saved_llama)
 
 
+def test_a_teacher_that_knows_as_much_is_refused(knowing, make_trainer, tmp_path):
+    for name in ("model", "teacher"):
+        knowing.save_pretrained(tmp_path / name)
+    config = {**CONFIG, "shift": "ignorant", "teacher": str(tmp_path / "teacher")}
+    trainer = make_trainer(config, model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="^stop_at: .* goal_answer_loss, .*; give the teacher from before"):
+        trainer.train()
+
+
 def test_nothing_to_forget_is_said_before_the_training(make_trainer, tokenizer):
     # An untrained model knows no row; whichever set it finds less likely is the one to be forgotten.
     one, other = tiny_rows(3, first=0), tiny_rows(3, first=40)
     likely, unlikely = sorted((one, other), key=lambda rows: naive_loss(tiny_llama(), tokenizer, rows))
     trainer = make_trainer(CONFIG, forget_dataset=unlikely, holdout_dataset=likely)
-    with pytest.raises(ValueError, match="^stop_at: .* holdout_answer_loss, .* look no more familiar; give a"):
+    with pytest.raises(ValueError, match="^stop_at: .* holdout_answer_loss, .* familiar; give a holdout_"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from . import reference, residuals, shifts
 from .adapters import adapter_off
 from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
-from .calibration import LOOK_ROWS, StopWhenCalibrated, mean_answer_loss
+from .calibration import LOOK_ROWS, StopWhenCalibrated, final_look, mean_answer_loss
 from .checkpoints import digest
 from .config import RFAConfig
 from .data.formats import check_disjoint, load_rows, prepare, spread
@@ -152,8 +152,8 @@ class RFATrainer(UnlearningTrainer):
         elif (self._holdout_dataset is None) != (args.stop_at is None):
             raise ValueError(
                 f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
-                f"{args.stop_at!r}; stop_at='calibrated' without a teacher needs rows that the model never saw, and "
-                "nothing else does."
+                f"{args.stop_at!r}; stop_at='calibrated' needs rows that the model never saw, unless shift='ignorant' "
+                "has its teacher, and nothing else needs them."
             )
 
     def _has_teacher(self, args: RFAConfig) -> bool:
@@ -213,6 +213,9 @@ class RFATrainer(UnlearningTrainer):
             reference.check_attention(base, args.shift)
         if args.residual == "branch":
             residuals.check_branches(base)
+
+    def _has_ended(self):
+        return super()._has_ended() or (self._calibration is not None and final_look(self.state) is not None)
 
     def _method_state(self):
         return self._shift_vectors
@@ -383,21 +386,22 @@ class RFATrainer(UnlearningTrainer):
         with adapter_off(model):
             return mean_answer_loss(model, self._holdout, batch_size, self.args.device, "holdout: losses")
 
-    @torch.no_grad()
     def _goal_answer_loss(self, model: nn.Module) -> float:
         """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""
         if self._shift_vectors is None:
             self._shift_vectors = self._make_shift_vectors()
         model, device, losses = self._peft_model(), self.args.device, []
-        for row in spread(self._sets["forget"], LOOK_ROWS):
-            answer = torch.tensor(row["input_ids"][row["answer_start"] :])
-            # The position before a token predicts it.
-            teacher = self._teacher.rows([row["index"]])[-1][-len(answer) - 1 : -1].to(device)
-            style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
-            # This shift leads to the same place from wherever it begins.
-            goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
-            logits = residuals.readout(model, find_blocks(model.get_base_model()), goal).float()
-            losses.append(nn.functional.cross_entropy(logits, answer.to(logits.device)).item())
+        # Without the adapter no dropout draws numbers that are the training's.
+        with adapter_off(model):
+            for row in spread(self._sets["forget"], LOOK_ROWS):
+                answer = torch.tensor(row["input_ids"][row["answer_start"] :])
+                # The position before a token predicts it.
+                teacher = self._teacher.rows([row["index"]])[-1][-len(answer) - 1 : -1].to(device)
+                style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
+                # This shift leads to the same place from wherever it begins.
+                goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
+                logits = residuals.readout(model, find_blocks(model.get_base_model()), goal).float()
+                losses.append(nn.functional.cross_entropy(logits, answer.to(logits.device)).item())
         return reduce(torch.tensor(fmean(losses), device=device), "mean").item()
 
     # ---- what never changes, computed once ----

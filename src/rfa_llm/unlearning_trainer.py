@@ -596,6 +596,17 @@ class UnlearningTrainer(Trainer):
         finally:
             base.disable_input_require_grads()
 
+    def _has_ended(self) -> bool:
+        """Whether a resumed run had come to its end."""
+        return self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, **kwargs):
+        # The Trainer would take one step more.
+        if self._has_ended():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -669,6 +680,8 @@ def _check_not_adapter(model: str) -> None:
 
 def _check_peft_config(peft_config: PeftConfig | None) -> None:
     settings = {} if peft_config is None else peft_config.to_dict()
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(f"peft_config: {type(peft_config).__name__} puts nothing into the blocks; use a LoraConfig.")
     bias = settings.get("bias", "none")
     if bias != "none":
         raise ValueError(

@@ -239,17 +239,16 @@ class _Points(TrainerCallback):
     ):
         self.folder, self.tokenizer, self.sets, self.scoring = folder, tokenizer, sets, scoring
 
-    def _measure(self, model: PreTrainedModel, step: int, max_steps: int) -> None:
+    def _measure(self, model: PreTrainedModel, step: int) -> None:
         file = self.folder / f"{step}.json"
-        # The Trainer takes a step too many (at a learning rate of 0) when it resumes from its last one.
-        if step <= max_steps and not file.exists():
+        if not file.exists():
             log = evaluate_tofu(model, self.tokenizer, self.sets, **self.scoring)
             write_log(point(log, step), file)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         # A kill may have come between the checkpoint and its point.
         if state.global_step:
-            self._measure(model, state.global_step, args.max_steps)
+            self._measure(model, state.global_step)
 
     def on_save(self, args, state, control, model, **kwargs):
-        self._measure(model, state.global_step, args.max_steps)
+        self._measure(model, state.global_step)
