@@ -32,7 +32,7 @@ from rfa_llm.evaluation import read_retain_truth_ratios, write_log
 from rfa_llm.evaluation.metrics import answer_probability, forget_quality, truth_ratio
 from rfa_llm.feature_cache import FeatureRows, batches, row_features
 from rfa_llm.reference import fit_style, local_mask
-from rfa_llm.residuals import block_features, readout
+from rfa_llm.residuals import block_features, readout_loss
 
 
 def last_features(model: PreTrainedModel, rows: Dataset, pad_token_id: int, desc: str, local: bool = False):
@@ -55,13 +55,8 @@ def last_features(model: PreTrainedModel, rows: Dataset, pad_token_id: int, desc
 
 def losses(model: PreTrainedModel, rows: Dataset, goals: list[torch.Tensor]) -> list[float]:
     """Mean loss of each row's answer on the goal's features, nats per token."""
-    blocks, found = find_blocks(model), []
-    for row, goal in zip(rows, goals, strict=True):
-        # The last position predicts what comes after the answer.
-        logits = readout(model, blocks, goal[:-1]).float()
-        answer = torch.tensor(row["input_ids"][row["answer_start"] :])
-        found.append(torch.nn.functional.cross_entropy(logits, answer).item())
-    return found
+    blocks = find_blocks(model)
+    return [readout_loss(model, blocks, goal, row) for row, goal in zip(rows, goals, strict=True)]
 
 
 @torch.no_grad()

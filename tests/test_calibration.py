@@ -127,13 +127,11 @@ def test_the_looks_change_nothing_of_the_training(level, knowing, make_trainer, 
             peft_config=tiny_lora(lora_dropout=0.1),
             holdout_dataset=HOLDOUT if stop_at and level == "holdout" else None,
         )
-        factor = trainer.train().metrics.get("adapter_scale", 1.0)
-        adapters.append({name: p for name, p in trainer.model.named_parameters() if "lora_A" in name})
-        trained = {name: p / factor for name, p in trainer.model.named_parameters() if "lora_B" in name}
-        adapters[-1] |= trained
+        # Too few steps for a scale.
+        assert trainer.train().metrics.get("adapter_scale", 1.0) == 1
+        adapters.append({name: p for name, p in trainer.model.named_parameters() if "lora_" in name})
     for name, weight in adapters[0].items():
-        assert weight.any()
-        torch.testing.assert_close(weight, adapters[1][name], rtol=1e-5, atol=0)
+        assert weight.any() and torch.equal(weight, adapters[1][name]), name
 
 
 class Curve(StopWhenCalibrated):

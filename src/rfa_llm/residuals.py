@@ -204,6 +204,20 @@ def readout(model: nn.Module, blocks: Sequence[nn.Module], features: torch.Tenso
         handle.remove()
 
 
+def readout_loss(model: nn.Module, blocks: Sequence[nn.Module], features: torch.Tensor, row: dict) -> float:
+    """Mean loss of an encoded row's answer, nats per token, that a model reads out of its last block's features.
+
+    Args:
+        model, blocks: As in `readout`.
+        features: Of the row's last positions, `[n, hidden]`, from the one before the answer on at least.
+        row: From `rfa_llm.data.formats.prepare`.
+    """
+    answer = torch.tensor(row["input_ids"][row["answer_start"] :])
+    # The position before a token predicts it; the last one predicts what comes after the answer.
+    logits = readout(model, blocks, features[-len(answer) - 1 : -1]).float()
+    return nn.functional.cross_entropy(logits, answer.to(logits.device)).item()
+
+
 def next_token_loss(
     model: nn.Module,
     blocks: Sequence[nn.Module],

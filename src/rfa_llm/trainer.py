@@ -394,14 +394,11 @@ class RFATrainer(UnlearningTrainer):
         # Without the adapter no dropout draws numbers that are the training's.
         with adapter_off(model):
             for row in spread(self._sets["forget"], LOOK_ROWS):
-                answer = torch.tensor(row["input_ids"][row["answer_start"] :])
-                # The position before a token predicts it.
-                teacher = self._teacher.rows([row["index"]])[-1][-len(answer) - 1 : -1].to(device)
+                teacher = self._teacher.rows([row["index"]])[-1].to(device)
                 style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
                 # This shift leads to the same place from wherever it begins.
                 goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
-                logits = residuals.readout(model, find_blocks(model.get_base_model()), goal).float()
-                losses.append(nn.functional.cross_entropy(logits, answer.to(logits.device)).item())
+                losses.append(residuals.readout_loss(model, find_blocks(model.get_base_model()), goal, row))
         return reduce(torch.tensor(fmean(losses), device=device), "mean").item()
 
     # ---- what never changes, computed once ----
