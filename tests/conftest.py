@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the network
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.data.formats import encode
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = ["Question", "Answer", ":", "?", "\n", *(f"w{i}" for i in range(52))]
@@ -37,6 +39,16 @@ def tiny_rows(number: int, first: int) -> Dataset:
         answer = " ".join(f"w{(i * 7 + k * k) % 52}" for k in range(1 + 4 * i % 9))
         rows.append({"question": f"w{i % 52} w{i * 3 % 52} ?", "answer": answer})
     return Dataset.from_list(rows)
+
+
+def learn_by_heart(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Iterable[dict]) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    encoded = [torch.tensor([encode(row, tokenizer)["input_ids"]]) for row in rows]
+    for _ in range(15):
+        for ids in encoded:
+            model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.05) -> None:

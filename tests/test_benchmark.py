@@ -2,22 +2,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from statistics import fmean, harmonic_mean
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rfa_llm.benchmark import Run, best_learning_rate, runs, score_model, table, train_and_score
+from rfa_llm.benchmark import Run, best_learning_rate, check_settings, runs, score_model, table, train_and_score
 from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary
 
+REPO = Path(__file__).parents[1]
 METHODS = {
     "rfa": {"trainer": "rfa", "alpha": 2.0},
     "mine": {"trainer": "npo", "learning_rates": [1e-2], "lora": {"r": 4}},
@@ -134,6 +137,33 @@ def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, f
     other = {"methods": {"rfa": {"trainer": "rfa", "alpha": 3.0}}}
     with pytest.raises(ValueError, match="rfa_lr0.001_seed0.json is of the settings .*'alpha': 2.0.* not .*3.0"):
         benchmark(arguments(folder, finished, **other))
+
+
+@pytest.mark.parametrize(
+    "results, config",
+    [
+        ("small", "small"),
+        ("tofu800", "tofu800"),
+        ("tofu800_60_steps", "tofu800"),
+        ("tofu800_calibrated", "tofu800"),
+        ("tofu800_rows_400", "tofu800"),
+        ("tofu800_rows_400_60_steps", "tofu800"),
+        ("tofu800_rows_400_calibrated", "tofu800"),
+        ("tofu800_rows_500", "tofu800"),
+        ("tofu800_rows_660", "tofu800"),
+        ("tofu800_rfa", "tofu800_rfa"),
+    ],
+)
+def test_committed_results_are_of_their_config_and_todays_defaults(results, config):
+    config = yaml.safe_load((REPO / f"configs/benchmark/{config}.yaml").read_text())
+    files = [*(REPO / "benchmarks/results" / results).glob("*_lr*_seed*.json")]
+    assert files
+    for file in files:
+        content = read(file)
+        run = content["run"]
+        settings = {"use_cpu": run["settings"]["use_cpu"], **config["training"], **config["methods"][run["method"]]}
+        settings.pop("learning_rates", None)
+        check_settings(Run(**{**run, "settings": settings}), content, file)
 
 
 def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):

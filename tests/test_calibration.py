@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import perturb, tiny_llama, tiny_lora, tiny_rows
+from conftest import learn_by_heart, perturb, tiny_llama, tiny_lora, tiny_rows
 from peft import IA3Config, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
@@ -23,13 +23,7 @@ HOLDOUT = tiny_rows(5, first=40)
 def knowing(tokenizer, forget, retain):
     """A tiny Llama that has learnt the forget and the retain rows by heart."""
     model = tiny_llama()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    rows = [torch.tensor([encode(row, tokenizer)["input_ids"]]) for row in [*forget, *retain]]
-    for _ in range(15):
-        for ids in rows:
-            model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn_by_heart(model, tokenizer, [*forget, *retain])
     return model
 
 
@@ -252,7 +246,7 @@ def test_what_cannot_be_scaled_or_read_is_refused(make_trainer, saved_llama, tmp
     with pytest.raises(ValueError, match="^holdout_dataset: one is given beside a teacher, .*; leave it out"):
         make_trainer(config, model=saved_llama, holdout_dataset=HOLDOUT)
     with pytest.raises(ValueError, match="^stop_at: .* but blocks ends with 2 of 4; align block -1 too"):
-        make_trainer({**config, "blocks": [1, 2]}, model=saved_llama)
+        make_trainer({**config, "next_token_weight": 0.0, "blocks": [1, 2]}, model=saved_llama)
 
 
 def test_a_teacher_that_knows_as_much_is_refused(knowing, make_trainer, tmp_path):

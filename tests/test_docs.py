@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import tiny_llama, tiny_rows, tiny_tokenizer
+from conftest import learn_by_heart, tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
@@ -171,12 +171,15 @@ def run_or_check(command: str, hub: HubServer) -> None:
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """The folder that the blocks run in, with what they name."""
+    monkeypatch.chdir(tmp_path)
     # Wide enough for the kernels of bitsandbytes.
     model, tokenizer = tiny_llama(hidden_size=64, intermediate_size=128), tiny_tokenizer()
+    sets = {"forget": tiny_rows(6, first=0), "retain": tiny_rows(10, first=20), "holdout": tiny_rows(6, first=40)}
+    model.save_pretrained("path/to/model-before")
+    learn_by_heart(model, tokenizer, [*sets["forget"], *sets["retain"]])
     for name in ("fine-tuned-model", "tofu-model", "retain-only-model"):
         model.save_pretrained(tmp_path / "path" / "to" / name)
         tokenizer.save_pretrained(tmp_path / "path" / "to" / name)
-    sets = {"forget": tiny_rows(6, first=0), "retain": tiny_rows(10, first=20), "holdout": tiny_rows(6, first=40)}
     for name, rows in sets.items():
         rows.to_json(tmp_path / f"{name}.jsonl")
     (tmp_path / "DIR").mkdir()
@@ -188,7 +191,6 @@ def workplace(tmp_path, monkeypatch) -> Path:
     for name in ("forget10", "retain", "real_authors", "world_facts"):
         questions.to_json(tmp_path / "DIR" / f"{name}_perturbed.jsonl")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -210,7 +210,7 @@ def test_a_teacher_run_that_dies_leaves_no_file_of_that_name(saved_llama, sets, 
 def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_path, make_trainer, forget):
     teacher = tmp_path / "teacher"
     tiny_llama(initializer_range=0.1).save_pretrained(teacher)
-    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED}
+    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED, "next_token_weight": 0.0}
     first = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
     # Unreadable weights of the same name, size and time: whoever loads the teacher fails.
     weights = teacher / "model.safetensors"
@@ -242,7 +242,7 @@ def test_another_split_of_the_same_tokens_has_features_of_its_own(sets):
 
 def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_path, make_trainer):
     teacher = tmp_path / "teacher"
-    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED}
+    config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED, "next_token_weight": 0.0}
     features = []
     for scale in (0.1, 0.3):
         tiny_llama(initializer_range=scale).save_pretrained(teacher)

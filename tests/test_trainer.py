@@ -108,7 +108,14 @@ def expected_targets(shift, row, trainer, teacher):
 def test_short_runs_log_what_the_formulas_say(shift, make_trainer, saved_llama, tmp_path):
     teacher = tiny_llama(initializer_range=0.1)
     teacher.save_pretrained(tmp_path / "teacher")
-    config = {"blocks": ALIGNED, "mean_rows": 4, "shift_scale": 0.7, "alpha": 3.0, "beta": 0.5}
+    config = {
+        "blocks": ALIGNED,
+        "mean_rows": 4,
+        "shift_scale": 0.7,
+        "alpha": 3.0,
+        "beta": 0.5,
+        "next_token_weight": 0.0,
+    }
     config |= {"local_window": 2, "local_sinks": 1, "smoothing_temperature": 3.0}
     if shift is halve:
         trainer = make_trainer(config, model=saved_llama, shift=halve)

@@ -17,16 +17,18 @@ class RFAConfig(UnlearningConfig):
 
     Holds the method's own settings; those of rows and models are [`UnlearningConfig`]'s, and the rest is
     [`~transformers.TrainingArguments`]'s. One step sees `per_device_train_batch_size` forget rows and as many retain
-    rows on each device, and one epoch is one pass over the forget set. The learning rate stays constant after the
-    warm-up unless `lr_scheduler_type` says otherwise: a falling one forgot less in as many steps, and ended before
-    `stop_at` was reached (docs/experiments.md).
+    rows on each device, and one epoch is one pass over the forget set. Three defaults depend on whether a `teacher` is
+    given (docs/experiments.md says what they were found from): `alpha`, `next_token_weight`, and `lr_scheduler_type`,
+    which is `"linear"` with one and `"constant_with_warmup"` without.
 
     Parameters:
-        alpha (`float`, defaults to `4.0`): Weight α of the retain loss, positive.
+        alpha (`float`, *optional*): Weight α of the retain loss, positive. By default 2 where a `teacher` is given, 4
+            where none is.
         beta (`float`, defaults to `1.0`): Weight β of the forget loss, positive.
-        next_token_weight (`float`, defaults to `0.0`): Weight γ, in both losses, of the divergence between the
-            next-token distributions that the last block's features and their goals give; 0 leaves it, and the
-            vocabulary projection that it takes, out.
+        next_token_weight (`float`, *optional*): Weight γ, in both losses, of the divergence between the next-token
+            distributions that the last block's features and their goals give; 0 leaves it, and the vocabulary
+            projection that it takes, out. By default 1 where a `teacher` is given and `residual` is `"feature"`, and
+            0 otherwise.
         blocks (`list[int]`, *optional*): Indices of the decoder blocks to align, from 0, negative from the end.
             By default those at 2/5, 3/5 and 4/5 of the depth and the last one.
         shift (`str`, *optional*): Where forget rows' features go: `"ignorant"`, `"local"`, `"smoothed"`, `"mean"`,
@@ -65,14 +67,24 @@ class RFAConfig(UnlearningConfig):
     """
 
     # A default that differs from TrainingArguments.
-    lr_scheduler_type: SchedulerType | str = field(
-        default="constant_with_warmup", metadata={"help": "The scheduler type to use."}
+    lr_scheduler_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "The scheduler type to use. Default: linear with a teacher, constant_with_warmup without.",
+            "choices": [scheduler.value for scheduler in SchedulerType],
+        },
     )
 
-    alpha: float = field(default=4.0, metadata={"help": "Weight of the retain loss, positive."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the retain loss, positive. Default: 2 with a teacher, 4 without."}
+    )
     beta: float = field(default=1.0, metadata={"help": "Weight of the forget loss, positive."})
-    next_token_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the next-token distributions in both losses; 0 leaves them out."}
+    next_token_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the next-token distributions in both losses; 0 leaves them out. Default: 1 with a "
+            "teacher, 0 without, and 0 with residual=branch."
+        },
     )
     blocks: list[int] | None = field(
         default=None,
@@ -145,6 +157,12 @@ class RFAConfig(UnlearningConfig):
     )
 
     def __post_init__(self):
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant_with_warmup" if self.teacher is None else "linear"
+        if self.alpha is None:
+            self.alpha = 4.0 if self.teacher is None else 2.0
+        if self.next_token_weight is None:
+            self.next_token_weight = 0.0 if self.teacher is None or self.residual == "branch" else 1.0
         self._check_positive("alpha", "beta", "shift_scale", "local_window", "mean_rows", "calibration_steps")
         self._check_positive("reference_cache_gb")
         self._check_choice("residual", ("feature", "branch"))

@@ -124,14 +124,22 @@ def check_settings(run: Run, content: Mapping, result: Path) -> None:
     Raises:
         ValueError: It is of other settings.
     """
-    for name, asked in identity(run).items():
-        found = content.get(name, {})
+    for asked, found in zip(_parts(identity(run)), _parts(content), strict=True):
         other = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
         if other:
             there, here = ({key: one.get(key) for key in other} for one in (found, asked))
             raise ValueError(
                 f"results: {result} is of the settings {there}, not {here}; delete it, or choose another folder."
             )
+
+
+def _parts(content: Mapping) -> tuple[dict, dict]:
+    """The two parts of an identity, without settings in the first that the second has: whether a setting was given or
+    is the default makes no other run."""
+    in_full = content.get("in_full", {})
+    run = content.get("run", {})
+    settings = {name: value for name, value in run.get("settings", {}).items() if name not in in_full}
+    return {**run, "settings": settings}, in_full
 
 
 def train_and_score(
