@@ -39,7 +39,8 @@ def cli(command: str, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_recipe_and_flags_train_an_adapter(saved_llama, data_dir, tmp_path, capsys):
+@pytest.mark.parametrize("residual", ["feature", "branch"])
+def test_a_recipe_and_flags_train_an_adapter(residual, saved_llama, data_dir, tmp_path, capsys):
     recipe = {
         "forget_dataset": str(data_dir / "forget.jsonl"),
         "retain_dataset": str(data_dir / "retain.jsonl"),
@@ -55,10 +56,12 @@ def test_a_recipe_and_flags_train_an_adapter(saved_llama, data_dir, tmp_path, ca
     # A flag wins over the recipe.
     unlearn.main(
         ["--config", str(tmp_path / "recipe.yaml"), "--model_name_or_path", saved_llama, "--output_dir", str(out)]
-        + ["--learning_rate", "0.01", "--max_steps", "3"]
+        + ["--learning_rate", "0.01", "--max_steps", "3", "--residual", residual]
     )
     printed = capsys.readouterr().out
     assert "block 1 " in printed and "block 3 " in printed and str(out) in printed
+    header = printed.partition("Relative residual, last step\n")[2].partition("\n")[0]
+    assert header.strip().split("  ") == (["forget set", "retain set"] if residual == "feature" else ["forget set"])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama), out)
     assert model.peft_config["default"].r == 4
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)

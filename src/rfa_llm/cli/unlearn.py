@@ -148,10 +148,12 @@ def residual_table(trainer: RFATrainer) -> str:
         {f"step {entry['step']}": [entry["loss_forget"], entry["loss_retain"]] for entry in (steps[0], steps[-1])},
         index=["forget loss", "retain loss"],
     )
+    # On the retain set residual="branch" computes none.
+    sets = ("forget", "retain") if trainer.args.residual == "feature" else ("forget",)
     residuals = pd.DataFrame(
         {
             f"{name} set": [steps[-1][f"residual_{name}/block_{block}"] for block in trainer.aligned]
-            for name in ("forget", "retain")
+            for name in sets
         },
         index=[f"block {block}" for block in trainer.aligned],
     )
