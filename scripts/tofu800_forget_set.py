@@ -6,7 +6,7 @@
         --output_dir runs/tofu800-400/retain --report_to none
     rfa-llm benchmark --config configs/benchmark/tofu800.yaml --only rfa --learning_rates 2e-3 --points 1 \
         --data_dir runs/tofu800-400 --retain_model runs/tofu800-400/retain --output_dir runs/benchmark-tofu800-400 \
-        --results_dir benchmarks/results/tofu800_rows_400
+        --results_dir runs/benchmark-tofu800-400/results
 
 The forget set is rows `begin` to `end` of full.jsonl, 20 for each author, and the retain set the others. Its questions
 with paraphrases and wrong answers are TOFU's; those of the retain set are the subset's own. The second command trains

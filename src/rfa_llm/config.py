@@ -17,9 +17,9 @@ class RFAConfig(UnlearningConfig):
 
     Holds the method's own settings; those of rows and models are [`UnlearningConfig`]'s, and the rest is
     [`~transformers.TrainingArguments`]'s. One step sees `per_device_train_batch_size` forget rows and as many retain
-    rows on each device, and one epoch is one pass over the forget set. Three defaults depend on whether a `teacher` is
-    given (docs/experiments.md says what they were found from): `alpha`, `next_token_weight`, and `lr_scheduler_type`,
-    which is `"linear"` with one and `"constant_with_warmup"` without.
+    rows on each device, and one epoch is one pass over the forget set. Four defaults depend on whether a `teacher` is
+    given (docs/experiments.md says what they were found from): `shift`, `alpha`, `next_token_weight`, and
+    `lr_scheduler_type`, which is `"linear"` with one and `"constant_with_warmup"` without.
 
     Parameters:
         alpha (`float`, *optional*): Weight α of the retain loss, positive. By default 2 where a `teacher` is given, 4
@@ -66,7 +66,8 @@ class RFAConfig(UnlearningConfig):
         ValueError: A setting out of its range; the sentence names the setting, the value and the range.
     """
 
-    # A default that differs from TrainingArguments.
+    # Defaults that differ from UnlearningConfig and TrainingArguments.
+    learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str | None = field(
         default=None,
         metadata={

@@ -67,7 +67,7 @@ class RFATrainer(UnlearningTrainer):
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
             or path, a causal LM, or one that carries a trainable adapter already, which is then trained. The base
-            model's dropout is switched off in place.
+            model's dropout is switched off in place. With a teacher an id or path alone.
         args ([`RFAConfig`], *optional*): Settings.
         forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .json, .csv or .parquet
             file, or a Hub id, in one of the formats of `rfa_llm.data.formats`.
