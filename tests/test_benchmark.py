@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 
@@ -197,7 +198,7 @@ def test_a_result_of_an_earlier_version_is_named(name, lost, message, finished, 
 @pytest.mark.parametrize("interrupted_at", [0, 1])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
     settings = {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}
-    run = Run("rfa", {**settings, "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2)
+    run = Run("rfa", {**settings, "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2, "rows")
     data = str(folder / "data")
     more = {
         "model": str(finished / "models" / "target"),
@@ -221,6 +222,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train_and_score(run, result=tmp_path / "part.json", folder=tmp_path / "part", **more)
     assert not (tmp_path / "part.json").exists()
+    # Nor does another run go on from there.
+    for other in ({"max_steps": 2, "points": 1}, {"settings": {**run.settings, "alpha": 3.0}}, {"rows": "others"}):
+        with pytest.raises(ValueError, match=r"^results: \S*part is of the settings .* delete it, or choose another"):
+            train_and_score(replace(run, **other), result=tmp_path / "part.json", folder=tmp_path / "part", **more)
     train_and_score(run, result=tmp_path / "part.json", folder=tmp_path / "part", **more)
     # The interrupted scoring is made up for; no other is repeated.
     assert len(points) == 3
@@ -295,7 +300,7 @@ def test_target_and_retain_only_are_scored_once(finished, folder):
     file = finished / "results" / "target.json"
     before = file.stat().st_mtime_ns
     log = finished / "logs" / "target.json"
-    assert score_model("target", "nowhere", {}, file, log, {}) == read(file)
+    assert score_model("target", "nowhere", {}, read(file)["rows"], file, log, {}) == read(file)
     assert file.stat().st_mtime_ns == before
 
 
@@ -352,6 +357,45 @@ def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_trainer_is_refused(finished, folder):
-    with pytest.raises(ValueError, match="trainer: 'npoo' is not known; use 'rfa' or one of"):
-        benchmark(arguments(folder, finished, methods={"x": {"trainer": "npoo"}}))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer": "npoo"}, "trainer: 'npoo' is not known; use 'rfa' or one of"),
+        ({"trainer": "npo", "alpha": 2.0}, "methods: 'x' has 'alpha', which is no field of RivalConfig"),
+        ({"trainer": "rfa", "max_steps": 2}, "methods: 'x' has 'max_steps', which the comparison sets by itself"),
+        ({"trainer": "rfa", "alpha": "2e0"}, "methods: 'x' has 'alpha' as the text '2e0'; YAML sees a number where"),
+        ({"trainer": "rfa", "learning_rates": ["1e-3"]}, "learning_rates: '1e-3' is no number with a dot"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_any_training(settings, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, tmp_path, methods={**METHODS, "x": settings}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    other = {"data_dir": str(data), "results_dir": str(finished / "results")}
+    # As many rows, and one of them of other words.
+    forget = (data / "forget.jsonl").read_text()
+    (data / "forget.jsonl").write_text(forget.replace("w0 ", "w1 ", 1))
+    with pytest.raises(ValueError, match="results: .*retain-only.json is of other forget, retain or question rows"):
+        benchmark(arguments(folder, finished, **other))
+    (data / "forget.jsonl").write_text(forget)
+    assert benchmark(arguments(folder, finished, **other)) == (finished / "results" / "table.md").read_text()
+    (data / "full.jsonl").write_text(forget)
+    with pytest.raises(ValueError, match="output_dir: .*target was fine-tuned on other rows than full has"):
+        benchmark(arguments(folder, finished, **other))
+
+
+def test_a_method_whose_name_begins_with_another_s(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    for file in results.glob("mine_lr*.json"):
+        content = read(file)
+        content["method"] = content["run"]["method"] = "rfa_lr_slow"
+        (results / file.name.replace("mine", "rfa_lr_slow")).write_text(json.dumps(content))
+        file.unlink()
+    methods = {"rfa": METHODS["rfa"], "rfa_lr_slow": METHODS["mine"]}
+    assert "| rfa_lr_slow, best step |" in benchmark(
+        arguments(folder, finished, methods=methods, results_dir=str(results))
+    )

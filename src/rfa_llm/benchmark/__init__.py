@@ -1,14 +1,24 @@
 """Methods compared on TOFU's questions: runs with their trajectories, the table, the picture."""
 
 from rfa_llm.benchmark.picture import draw
-from rfa_llm.benchmark.runs import Run, check_settings, run_name, score_model, train_and_score
+from rfa_llm.benchmark.runs import (
+    Run,
+    check_settings,
+    identity,
+    rows_digest,
+    run_name,
+    score_model,
+    train_and_score,
+)
 from rfa_llm.benchmark.table import best_learning_rate, table
 
 __all__ = [
     "Run",
     "best_learning_rate",
-    "draw",
     "check_settings",
+    "draw",
+    "identity",
+    "rows_digest",
     "run_name",
     "score_model",
     "table",

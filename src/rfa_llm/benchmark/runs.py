@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rfa_llm.benchmark.environment import environment
-from rfa_llm.checkpoints import KEPT, ORDER, newest_whole_checkpoint, own_settings
+from rfa_llm.checkpoints import KEPT, ORDER, digest, newest_whole_checkpoint, own_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log
 from rfa_llm.progress import bar_alone
@@ -40,6 +40,7 @@ class Run:
         seed: of the adapter's first weights, the order of rows, and the pairs.
         max_steps: steps of training.
         points: how many times it is scored, at equal distances; a divisor of `max_steps`.
+        rows: what it is trained on and asked, from `rows_digest`.
     """
 
     method: str
@@ -48,6 +49,18 @@ class Run:
     seed: int
     max_steps: int
     points: int
+    rows: str
+
+
+def rows_digest(forget: Dataset, retain: Dataset, sets: Mapping[str, Dataset]) -> str:
+    """A name for the rows that are trained on and asked, so that a result on others does not pass for one on these.
+
+    Args:
+        forget, retain: the sets to train on.
+        sets: the questions, as `evaluate_tofu` takes them; a holdout set, which is drawn, is left aside.
+    """
+    asked = {name: rows[:] for name, rows in sorted(sets.items()) if name != "holdout"}
+    return digest(json.dumps([forget[:], retain[:], asked]))
 
 
 def run_name(run: Run) -> str:
@@ -62,7 +75,13 @@ def point(log: Mapping[str, dict], step: int) -> dict:
 
 
 def score_model(
-    name: str, model: str, sets: Mapping[str, Dataset], result: Path, log_file: Path, scoring: Mapping[str, object]
+    name: str,
+    model: str,
+    sets: Mapping[str, Dataset],
+    rows: str,
+    result: Path,
+    log_file: Path,
+    scoring: Mapping[str, object],
 ) -> dict:
     """Score a whole model, target or retain-only, unless its result is there.
 
@@ -70,6 +89,7 @@ def score_model(
         name: in the table.
         model: path of the model; not looked at where the result is there.
         sets: as `evaluate_tofu` takes them.
+        rows: from `rows_digest`.
         result: where the result goes, without any text.
         log_file: where the log goes, with the questions and answers.
         scoring: more arguments of `evaluate_tofu`.
@@ -79,7 +99,7 @@ def score_model(
         `retain_log`, so that a retain-only model is needed once.
 
     Raises:
-        ValueError: The result is of a version that did not keep that.
+        ValueError: The result is of other rows, or of a version that did not keep all of that.
     """
     if result.exists():
         content = json.loads(result.read_text(encoding="utf-8"))
@@ -88,12 +108,18 @@ def score_model(
                 f"results: {result} does not hold what runs are compared with, for it is of an earlier version; "
                 "delete it to score the model again."
             )
+        if content.get("rows") != rows:
+            raise ValueError(
+                f"results: {result} is of other forget, retain or question rows than these; give each of them a "
+                "results_dir of its own."
+            )
         return content
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     log = evaluate_tofu(loaded.to(PartialState().device), AutoTokenizer.from_pretrained(model), sets, **scoring)
     write_log(log, log_file)
     content = {
         "method": name,
+        "rows": rows,
         "points": [point(log, 0)],
         "compared_with": {metric: log[metric] for metric in COMPARED_WITH if metric in log},
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -169,12 +195,19 @@ def train_and_score(
         what is in the result file.
 
     Raises:
-        ValueError: a result of other settings is there.
+        ValueError: a result of other settings is there, or what an interrupted run of others has left.
     """
     if result.exists():
         content = json.loads(result.read_text(encoding="utf-8"))
         check_settings(run, content, result)
         return content
+    # What an interrupted run has left is this one's only if it says so.
+    begun = folder / "run.json"
+    if begun.exists():
+        check_settings(run, json.loads(begun.read_text(encoding="utf-8")), folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_log(identity(run), begun)
     trainer = make_trainer(run, model, forget, retain, holdout, str(folder))
     points = _Points(folder / "points", trainer.processing_class, sets, scoring)
     trainer.add_callback(points)
@@ -203,7 +236,7 @@ def make_trainer(
     """The trainer of a run, RFA's or a rival's.
 
     Raises:
-        ValueError: there is no such trainer.
+        ValueError: there is no such trainer or setting.
     """
     args, lora = _arguments(run, output_dir)
     given = {"forget_dataset": forget, "retain_dataset": retain}
@@ -228,11 +261,35 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
         "save_steps": run.max_steps // run.points,
         **OWN,
     }
-    if name == "rfa":
-        return RFAConfig(**common, **settings), lora
-    if name not in RIVALS:
-        raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
-    return RivalConfig(method=name, **common, **settings), lora
+    if name != "rfa":
+        if name not in RIVALS:
+            raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
+        common["method"] = name
+    config = RFAConfig if name == "rfa" else RivalConfig
+    known = {field.name for field in fields(config)}
+    for setting, value in settings.items():
+        if setting in common:
+            raise ValueError(
+                f"methods: {run.method!r} has {setting!r}, which the comparison sets by itself; leave it out."
+            )
+        if setting not in known:
+            raise ValueError(
+                f"methods: {run.method!r} has {setting!r}, which is no field of {config.__name__}; see there."
+            )
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(
+                f"methods: {run.method!r} has {setting!r} as the text {value!r}; YAML sees a number where there "
+                "is a dot, such as 2.0e-4."
+            )
+    return config(**common, **settings), lora
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class _Points(TrainerCallback):

@@ -17,17 +17,24 @@ from rfa_llm.benchmark import (
     best_learning_rate,
     check_settings,
     draw,
+    identity,
+    rows_digest,
     run_name,
     score_model,
     table,
     train_and_score,
 )
+from rfa_llm.checkpoints import digest
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
+from rfa_llm.evaluation import write_log
+
+# Beside a model that was fine-tuned here, what it was fine-tuned on.
+TRAINED_ON = "trained_on.json"
 
 
 @dataclass
@@ -105,10 +112,11 @@ class BenchmarkArguments:
         for name, settings in self.methods.items():
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
-            needs_holdout = settings.get("stop_at") is not None and settings.get("teacher") is None
+            whole = {**(self.training or {}), **settings}
+            needs_holdout = whole.get("stop_at") is not None and whole.get("teacher") is None
             if needs_holdout and self.holdout_dataset is None:
                 raise ValueError(
-                    f"holdout_dataset: none is given, and {name!r} has stop_at={settings['stop_at']!r} and no "
+                    f"holdout_dataset: none is given, and {name!r} has stop_at={whole['stop_at']!r} and no "
                     "teacher; give rows that no model saw."
                 )
         unknown = sorted(set(self.only or ()) - set(self.methods))
@@ -120,12 +128,24 @@ class BenchmarkArguments:
             )
         if not self.learning_rates or not self.seeds:
             raise ValueError("learning_rates, seeds: both need at least one number.")
+        for rate in [
+            *self.learning_rates,
+            *(r for one in self.methods.values() for r in one.get("learning_rates", [])),
+        ]:
+            if not isinstance(rate, float):
+                raise ValueError(
+                    f"learning_rates: {rate!r} is no number with a dot, which YAML needs to see one; write 2.0e-4."
+                )
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
 
 
 def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, str]:
-    """Paths of the target and its retain-only twin, fine-tuned from the base where they are missing."""
+    """Paths of the target and its retain-only twin, fine-tuned from the base where they are missing.
+
+    Raises:
+        ValueError: One is missing and there is no base, or one that is there was fine-tuned on other rows.
+    """
     if args.demo_models:
         if not (folder / "models" / "retain" / "config.json").exists():
             make_models(DemoArguments(use_cpu=args.use_cpu), folder / "models")
@@ -136,7 +156,18 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
         (args.retain_model, "retain", args.retain_config),
     ):
         path = Path(given or folder / "models" / name)
-        if given is None and not (path / "config.json").exists():
+        if given is not None:
+            paths.append(str(path))
+            continue
+        dataset = load_tofu(rows, args.data_dir)
+        trained_on = {"rows": digest(json.dumps(dataset[:]))}
+        if (path / "config.json").exists():
+            note = path / TRAINED_ON
+            if not note.exists() or _read(note) != trained_on:
+                raise ValueError(
+                    f"output_dir: {path} was fine-tuned on other rows than {rows} has; choose another folder."
+                )
+        else:
             if args.base_model is None:
                 raise ValueError(
                     f"base_model: {path} is missing and there is nothing to fine-tune it from; give base_model, or "
@@ -148,7 +179,8 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             tokenizer = AutoTokenizer.from_pretrained(args.base_model)
             recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
             recipe = FinetuneConfig(output_dir=str(path), **recipe)
-            finetune(model, tokenizer, load_tofu(rows, args.data_dir), recipe, get_peft_config(FinetuneModelConfig()))
+            finetune(model, tokenizer, dataset, recipe, get_peft_config(FinetuneModelConfig()))
+            write_log(trained_on, path / TRAINED_ON)
         paths.append(str(path))
     return tuple(paths)
 
@@ -167,6 +199,16 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
 
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table."""
+
+    def prepared(name: str, settings: dict, learning_rate: float, seed: int, rows: str) -> Run:
+        settings = {"use_cpu": args.use_cpu, **(args.training or {}), **settings}
+        settings.pop("learning_rates", None)
+        return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows)
+
+    # A wrong setting ends it now and not after hours.
+    for name, settings in args.methods.items():
+        identity(prepared(name, settings, args.learning_rates[0], args.seeds[0], ""))
+
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
     if args.demo_models:
@@ -190,10 +232,12 @@ def benchmark(args: BenchmarkArguments) -> str:
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder)
+    rows = rows_digest(forget, retain, sets)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
     def scored(name: str, model: str) -> dict:
-        return score_model(name, model, sets, results / f"{name}.json", folder / "logs" / f"{name}.json", scoring)
+        log_file = folder / "logs" / f"{name}.json"
+        return score_model(name, model, sets, rows, results / f"{name}.json", log_file, scoring)
 
     retain_result = scored("retain-only", retain_only)
     scoring["retain_log"] = retain_result["compared_with"]
@@ -206,10 +250,6 @@ def benchmark(args: BenchmarkArguments) -> str:
             f"0, see {results / 'target.json'}); give a better model, or sets that it knows."
         )
 
-    def prepared(name: str, settings: dict, learning_rate: float, seed: int) -> Run:
-        settings = {**(args.training or {}), "use_cpu": args.use_cpu, **settings}
-        return Run(name, settings, learning_rate, seed, args.max_steps, args.points)
-
     def run(one: Run) -> dict:
         file = results / f"{run_name(one)}.json"
         print(f"\n{run_name(one)}{' (done)' if file.exists() else ''}", flush=True)
@@ -218,19 +258,21 @@ def benchmark(args: BenchmarkArguments) -> str:
 
     methods: dict[str, list[dict]] = {}
     for name, settings in args.methods.items():
-        settings = dict(settings)
-        learning_rates = settings.pop("learning_rates", args.learning_rates)
+        learning_rates = settings.get("learning_rates", args.learning_rates)
         if not args.only or name in args.only:
-            tried = [run(prepared(name, settings, rate, args.seeds[0])) for rate in learning_rates]
+            tried = [run(prepared(name, settings, rate, args.seeds[0], rows)) for rate in learning_rates]
             best = best_learning_rate(tried, utility)
             for seed in args.seeds[1:]:
-                run(prepared(name, settings, best, seed))
+                run(prepared(name, settings, best, seed, rows))
         # Also what was run at other times, with other learning rates or seeds.
         done = []
         for file in sorted(results.glob(f"{name}_lr*_seed*.json")):
             found = _read(file)
-            check_settings(prepared(name, settings, found["run"]["learning_rate"], found["run"]["seed"]), found, file)
-            done.append(found)
+            of = found["run"]
+            # The name of a method may begin with another's.
+            if of["method"] == name:
+                check_settings(prepared(name, settings, of["learning_rate"], of["seed"], rows), found, file)
+                done.append(found)
         if done:
             first = min(one["run"]["seed"] for one in done)
             best = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
