@@ -63,11 +63,12 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
     ("setting", "message"),
     [
         ({"alpha": 0.0}, "alpha: 0.0 is not positive; give a number above 0"),
+        ({"beta": None}, "beta: None is not positive; give a number above 0"),
         ({"alpha": float("nan")}, "alpha: nan is not positive"),
         ({"beta": -1.0}, "beta: -1.0 is not positive; give a number above 0"),
         ({"shift_scale": 0.0}, "shift_scale: 0.0 is not positive"),
         ({"local_window": 0}, "local_window: 0 is not positive"),
-        ({"local_sinks": -1}, "local_sinks: -1 is negative; give 0 or more"),
+        ({"local_sinks": -1}, "local_sinks: -1 is no number of tokens; give 0 or more"),
         ({"mean_rows": 0}, "mean_rows: 0 is not positive"),
         ({"next_token_weight": -1.0}, "next_token_weight: -1.0 is no weight; give 0 or more"),
         ({"next_token_weight": float("inf")}, "next_token_weight: inf is no weight; give 0 or more"),
@@ -271,6 +272,13 @@ def test_a_teacher_that_is_no_model(kind, make_trainer, saved_llama, tmp_path):
         tiny_lora().save_pretrained(teacher)
     with pytest.raises(ValueError, match=f"^teacher: '{teacher}' is no model .* give the folder or Hub id"):
         make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
+
+
+def test_a_teacher_beside_a_shift_of_ones_own(make_trainer, saved_llama):
+    with pytest.raises(ValueError, match="^teacher: 'nowhere' is not asked by a shift of your own; leave one"):
+        make_trainer(
+            {"shift": None, "teacher": "nowhere"}, model=saved_llama, shift=lambda reference, block: reference
+        )
 
 
 def test_a_teacher_that_nobody_asks():

@@ -208,6 +208,15 @@ def test_a_run_that_had_ended_is_left_as_it_is(max_steps, knowing, make_trainer)
         assert metrics[0][name] == metrics[1][name]
 
 
+def test_a_run_that_ended_short_of_its_level_does_not_go_on(knowing, make_trainer):
+    config = {**CONFIG, "learning_rate": 4e-3, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = make_trainer(config, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
+    assert trainer.train().metrics["forget_answer_loss"] < 0.9 * trainer._holdout_answer_loss(trainer.model)
+    longer = make_trainer({**config, "max_steps": 8}, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: the run had come to its end at step 2, short of"):
+        longer.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("style_correction", [True, False])
 def test_with_a_teacher_the_level_is_that_of_the_shifted_features(

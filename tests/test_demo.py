@@ -103,6 +103,7 @@ def test_a_model_of_ones_own_forgets_without_any_training_of_models(finished, tm
         (["--retain_model", "r"], "model: retain_model is given but no model"),
         (["--model", "m", "--data_dir", "nowhere"], "data_dir 'nowhere' has no forget_perturbed.jsonl"),
         (["--model", "m", "--data_dir", "d", "--shift", "ignorant"], "teacher: shift='ignorant' needs"),
+        (["--model", "m", "--data_dir", "d", "--shift", "local", "--teacher", "t"], "teacher: 't' is asked by shift="),
     ],
 )
 def test_what_does_not_fit_together_is_named_before_anything_is_written(words, message, tmp_path):

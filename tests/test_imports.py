@@ -31,7 +31,7 @@ ALLOWED = {
     | {"blocks", "residuals", "reference", "data", "checkpoints"},
     "calibration": {"adapters", "data", "evaluation", "memory"},
     "trainer": {"adapters", "blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
-    | {"calibration", "checkpoints", "data", "feature_cache"},
+    | {"calibration", "checkpoints", "data", "feature_cache", "receipt"},
     "callbacks": {"evaluation", "memory"},
     "progress": set(),
     "benchmark": {

@@ -252,13 +252,17 @@ def test_the_other_rows_of_its_set_do_not_change_a_rows_hash():
     assert row_hash(rows[0], salt) == row_hash({"messages": [turns[0], called]}, salt) != row_hash(rows[1], salt)
 
 
-def test_no_path_of_this_machine_is_in_it(make_trainer, saved_llama, tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_path_of_this_machine_is_in_it(relative, make_trainer, saved_llama, tmp_path, monkeypatch):
     # Of the same shape, but another model.
-    teacher = tmp_path / "teacher"
+    teacher = tmp_path / "clinic" / "teacher"
     tiny_llama(initializer_range=0.3).save_pretrained(teacher)
-    make_trainer({"shift": "ignorant", "teacher": str(teacher)}, model=saved_llama).save_model()
+    monkeypatch.chdir(tmp_path)
+    given = "clinic/teacher" if relative else str(teacher)
+    make_trainer({"shift": "ignorant", "teacher": given}, model=saved_llama).save_model()
     for name in (RECEIPT_NAME, "README.md"):
-        assert str(tmp_path) not in (tmp_path / "adapter" / name).read_text()
+        text = (tmp_path / "adapter" / name).read_text()
+        assert str(tmp_path) not in text and "clinic" not in text
     receipt = read_receipt(tmp_path / "adapter")
     assert receipt["base_model"]["name"] == "model"
     assert re.fullmatch(r"teacher \([0-9a-f]{16}\)", receipt["settings"]["teacher"])

@@ -122,6 +122,12 @@ class StopWhenCalibrated(TrainerCallback):
         last = final_look(state)
         if last is not None:
             self.look = {name: last[name] for name in ("forget_answer_loss", self._level_name, "adapter_scale")}
+            short = self.look["adapter_scale"] > 1 or self.look["forget_answer_loss"] < (1 - TOLERANCE) * self._level
+            if short and state.global_step < state.max_steps:
+                raise ValueError(
+                    f"resume_from_checkpoint: the run had come to its end at step {state.global_step}, short of its "
+                    "level, and a scaled adapter is not trained on; start anew with as many steps as it is to have."
+                )
             # ZeRO-3 puts back the weights that its optimizer has, which were not scaled.
             if abs(self._loss(args, model) - self.look["forget_answer_loss"]) > TOLERANCE * self._level:
                 raise ValueError(
@@ -157,7 +163,11 @@ class StopWhenCalibrated(TrainerCallback):
             )
         elif abs(self.look["forget_answer_loss"] - self._level) > TOLERANCE * self._level:
             too_little = self.look["forget_answer_loss"] < self._level
-            mend = "raise num_train_epochs" if too_little else "train LoRA alone, and with a lower learning_rate"
+            mend = (
+                "start anew with more num_train_epochs"
+                if too_little
+                else "train LoRA alone, and with a lower learning_rate"
+            )
             logger.warning(
                 f"stop_at: the training ended with the forget set's answers at a loss of "
                 f"{self.look['forget_answer_loss']:.3f} nats a token, where {self._level_name} is {self._level:.3f}, "

@@ -19,7 +19,8 @@ class RFAConfig(UnlearningConfig):
     [`~transformers.TrainingArguments`]'s. One step sees `per_device_train_batch_size` forget rows and as many retain
     rows on each device, and one epoch is one pass over the forget set. Four defaults depend on whether a `teacher` is
     given (docs/experiments.md says what they were found from): `shift`, `alpha`, `next_token_weight`, and
-    `lr_scheduler_type`, which is `"linear"` with one and `"constant_with_warmup"` without.
+    `lr_scheduler_type`, which is `"linear"` with one and `"constant_with_warmup"` without. A copy
+    (`dataclasses.replace`) keeps what they came out as.
 
     Parameters:
         alpha (`float`, *optional*): Weight α of the retain loss, positive. By default 2 where a `teacher` is given, 4
@@ -187,8 +188,10 @@ class RFAConfig(UnlearningConfig):
                 f"next_token_weight: {self.next_token_weight} needs reference features on the retain set, which "
                 "residual='branch' has not; use residual='feature', or set it to 0."
             )
-        if self.local_sinks < 0:
-            raise ValueError(f"local_sinks: {self.local_sinks} is negative; give 0 or more (4 is a good start).")
+        if self.local_sinks is None or self.local_sinks < 0:
+            raise ValueError(
+                f"local_sinks: {self.local_sinks} is no number of tokens; give 0 or more (4 is a good start)."
+            )
         if not self.smoothing_temperature > 1:
             raise ValueError(
                 f"smoothing_temperature: {self.smoothing_temperature} does not flatten attention; give more than 1."

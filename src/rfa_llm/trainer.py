@@ -37,6 +37,7 @@ from .config import RFAConfig
 from .data.formats import check_disjoint, load_rows, prepare, spread
 from .data.pairing import PairCollator, flatten_rows
 from .feature_cache import FeatureCache, batches, has_room_for
+from .receipt import public_name
 from .unlearning_trainer import UnlearningTrainer
 
 # Relative difference of features that rounding makes in bfloat16 at most; another row or other weights make more.
@@ -132,11 +133,16 @@ class RFATrainer(UnlearningTrainer):
     # ---- what the method adds to the common run ----
 
     def _before_data(self, args, config):
+        if self.shift is not None and args.teacher is not None:
+            raise ValueError(
+                f"teacher: {args.teacher!r} is not asked by a shift of your own; leave one of the two out."
+            )
         self.aligned = resolve_blocks(args.blocks, num_blocks(config))
         if args.next_token_weight and self.aligned[-1] != num_blocks(config) - 1:
             raise ValueError(
                 f"next_token_weight: {args.next_token_weight} needs the last block's features, but blocks ends with "
-                f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0."
+                f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0 "
+                "(with a teacher it is 1 by default)."
             )
         if args.stop_at is not None and self._has_teacher(args):
             if self._holdout_dataset is not None:
@@ -227,11 +233,13 @@ class RFATrainer(UnlearningTrainer):
         return {
             "shift": self.args.shift if self.shift is None else "a function",
             "blocks": ", ".join(map(str, self.aligned)),
-            **(
-                {} if self._holdout is None else {"holdout_dataset": digest(json.dumps(self._holdout["input_ids"][:]))}
-            ),
+            **({} if self._holdout is None else {"holdout_dataset": self._holdout_digest}),
             # A teacher may have been trained again under its name.
-            **({} if self._teacher is None else {"teacher": f"{self.args.teacher} ({self._teacher.name})"}),
+            **(
+                {}
+                if self._teacher is None
+                else {"teacher": f"{public_name(self.args.teacher)} ({self._teacher.name})"}
+            ),
         }
 
     def log(self, logs, start_time=None):
@@ -390,15 +398,15 @@ class RFATrainer(UnlearningTrainer):
         """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""
         if self._shift_vectors is None:
             self._shift_vectors = self._make_shift_vectors()
-        model, device, losses = self._peft_model(), self.args.device, []
+        peft_model, device, losses = self._peft_model(), self.args.device, []
         # Without the adapter no dropout draws numbers that are the training's.
-        with adapter_off(model):
+        with adapter_off(peft_model):
             for row in spread(self._sets["forget"], LOOK_ROWS):
                 teacher = self._teacher.rows([row["index"]])[-1].to(device)
                 style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
                 # This shift leads to the same place from wherever it begins.
                 goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
-                losses.append(residuals.readout_loss(model, find_blocks(model.get_base_model()), goal, row))
+                losses.append(residuals.readout_loss(peft_model, find_blocks(peft_model.get_base_model()), goal, row))
         return reduce(torch.tensor(fmean(losses), device=device), "mean").item()
 
     # ---- what never changes, computed once ----

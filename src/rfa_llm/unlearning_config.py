@@ -124,8 +124,9 @@ class UnlearningConfig(TrainingArguments):
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive; give a number above 0.")
+            value = getattr(self, name)
+            if value is None or not value > 0:
+                raise ValueError(f"{name}: {value} is not positive; give a number above 0.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -186,12 +186,14 @@ def demo(args: DemoArguments) -> dict:
     target = args.model if own else str(folder / "target")
     teacher = args.teacher if own else str(folder / "base")
     retain_model = args.retain_model if own else str(folder / "retain")
-    shift = args.shift or ("local" if args.teacher is None else "ignorant")
+    # The demo's own teacher is there for the shift that asks it; one that is given is for RFAConfig to judge.
+    if not own and args.shift != "ignorant":
+        teacher = None
     config = RFAConfig(
         output_dir=adapter,
         overwrite_output_dir=True,
-        shift=shift,
-        teacher=teacher if shift == "ignorant" else None,
+        shift=args.shift,
+        teacher=teacher,
         seed=args.seed,
         max_steps=args.max_steps,
         use_cpu=args.use_cpu,

@@ -144,6 +144,8 @@ def memory_report(metrics: dict[str, float], device: torch.device) -> str:
 def residual_table(trainer: RFATrainer) -> str:
     """First and last logged losses, and the relative residuals `‖R_b‖ / ‖h⁰_b‖` at the end, as text."""
     steps = [entry for entry in trainer.state.log_history if "loss_forget" in entry]
+    if not steps:
+        return "No step of this run was logged."
     losses = pd.DataFrame(
         {f"step {entry['step']}": [entry["loss_forget"], entry["loss_retain"]] for entry in (steps[0], steps[-1])},
         index=["forget loss", "retain loss"],
@@ -151,10 +153,7 @@ def residual_table(trainer: RFATrainer) -> str:
     # On the retain set residual="branch" computes none.
     sets = ("forget", "retain") if trainer.args.residual == "feature" else ("forget",)
     residuals = pd.DataFrame(
-        {
-            f"{name} set": [steps[-1][f"residual_{name}/block_{block}"] for block in trainer.aligned]
-            for name in sets
-        },
+        {f"{name} set": [steps[-1][f"residual_{name}/block_{block}"] for block in trainer.aligned] for name in sets},
         index=[f"block {block}" for block in trainer.aligned],
     )
     return f"{losses.to_string(float_format='%.4f')}\n\nRelative residual, last step\n" + residuals.to_string(

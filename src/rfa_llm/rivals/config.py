@@ -28,7 +28,7 @@ METHODS = {
 class RivalConfig(UnlearningConfig):
     r"""Settings of the trainers in `rfa_llm.rivals`; each method reads its own.
 
-    Rows, adapter, learning rate and batches have RFA's defaults, but for `retain_tokens`: the methods are defined on
+    Rows, adapter and batches have RFA's defaults, but for `retain_tokens`: the methods are defined on
     answers.
 
     Parameters:
