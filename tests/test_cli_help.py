@@ -98,9 +98,14 @@ PURE |= {"learning_rate", "learning_rates", "seed", "seeds", "blocks", "next_tok
 
 
 def own_fields(command: str):
-    """The fields that our own dataclasses of a subcommand declare, without those that they inherit."""
+    """The fields that our own dataclasses of a subcommand declare, without those that they inherit; of one that is
+    declared twice, the derived class's, which is listed first."""
+    declared = {}
     for cls in SUBCOMMANDS[command][0]:
-        yield from (field for field in fields(cls) if field.name in cls.__dict__["__annotations__"])
+        for field in fields(cls):
+            if field.name in cls.__dict__["__annotations__"]:
+                declared.setdefault(field.name, field)
+    return declared.values()
 
 
 def call(command: str, words: str, tmp_path) -> None:

@@ -148,7 +148,7 @@ def assert_nothing_left(output_dir: Path, tmp: Path) -> None:
 )
 def test_the_cut_over_processes_changes_nothing(mode, shift, folder, tmp_path):
     # The last block is never called: block 2 is the last aligned one of four.
-    settings = {"shift": shift, "blocks": 2}
+    settings = {"shift": shift, "blocks": 2, "next_token_weight": 0.0}
     alone = one_process(folder, tmp_path / "alone", **settings)
     tmp = tmp_path / "tmp"
     both = two_processes(mode, folder, tmp_path / "both", tmp, **settings)
