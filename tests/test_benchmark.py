@@ -103,9 +103,11 @@ def test_every_learning_rate_runs_on_the_first_seed_and_the_best_on_the_others(f
 
 def test_runs_of_another_time_stay_in_the_table(finished, folder):
     before = (finished / "results" / "table.md").read_text()
+    picture = (finished / "results" / "picture.svg").read_bytes()
     # Nothing is left to run for it.
     after = benchmark(arguments(folder, finished, only=["mine"]))
     assert after == before == (finished / "results" / "table.md").read_text()
+    assert (finished / "results" / "picture.svg").read_bytes() == picture
     with pytest.raises(ValueError, match="results: .*rfa_lr0.001_seed0.json is of the settings"):
         benchmark(
             arguments(folder, finished, only=["mine"], methods={**METHODS, "rfa": {"trainer": "rfa", "beta": 2}})

@@ -32,9 +32,9 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
 
     figure = trade_off(models, methods)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Text stays text in an SVG file.
-    with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(path)
+    # Text stays text in an SVG file, and the same results make the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rfa-llm"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def trade_off(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> Figure:
