@@ -155,10 +155,10 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
         (args.target_model, "target", args.full_config),
         (args.retain_model, "retain", args.retain_config),
     ):
-        path = Path(given or folder / "models" / name)
         if given is not None:
-            paths.append(str(path))
+            paths.append(str(Path(given)))
             continue
+        path = folder / "models" / name
         dataset = load_tofu(rows, args.data_dir)
         trained_on = {"rows": digest(json.dumps(dataset[:]))}
         if (path / "config.json").exists():

@@ -184,11 +184,9 @@ def demo(args: DemoArguments) -> dict:
     own = args.model is not None
     data_dir = args.data_dir if own else str(folder / "data")
     target = args.model if own else str(folder / "target")
-    teacher = args.teacher if own else str(folder / "base")
-    retain_model = args.retain_model if own else str(folder / "retain")
     # The demo's own teacher is there for the shift that asks it; one that is given is for RFAConfig to judge.
-    if not own and args.shift != "ignorant":
-        teacher = None
+    teacher = str(folder / "base") if not own and args.shift == "ignorant" else args.teacher
+    retain_model = args.retain_model if own else str(folder / "retain")
     config = RFAConfig(
         output_dir=adapter,
         overwrite_output_dir=True,

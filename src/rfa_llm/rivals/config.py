@@ -28,8 +28,7 @@ METHODS = {
 class RivalConfig(UnlearningConfig):
     r"""Settings of the trainers in `rfa_llm.rivals`; each method reads its own.
 
-    Rows, adapter and batches have RFA's defaults, but for `retain_tokens`: the methods are defined on
-    answers.
+    Rows, adapter and batches have RFA's defaults, but for `retain_tokens`: the methods are defined on answers.
 
     Parameters:
         method (`str`, defaults to `"npo"`): One of `METHODS`; the formulas are in `rfa_llm.rivals.losses`.
