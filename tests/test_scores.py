@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from rfa_llm.data.formats import encode, encode_prompt
-from rfa_llm.evaluation.scores import answer_losses, answer_scores, greedy_answers
+from rfa_llm.evaluation.scores import answer_losses, answer_scores, encoded_answer_scores, greedy_answers
 
 ROWS = [
     {"question": "Who wrote Hamlet?", "answer": "Shakespeare."},
@@ -82,6 +82,30 @@ def test_losses_equal_a_naive_loop(model, tokenizer, batch_size, padding_side):
     expected = [naive_loss(model, tokenizer, row) for row in ROWS]
     assert max(expected) - min(expected) > 0.1  # a mixed-up order would show
     assert answer_losses(model, tokenizer, ROWS, batch_size=batch_size) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt_lengths", [[1, 1], [1, 9, 30], [30, 1, 30]])
+def test_prompts_of_any_lengths_go_together(prompt_lengths, attention):
+    """The window is shorter than the padding, so a gap between prompt and answer would hide the prompt."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=6, initializer_range=0.3, **sizes)
+    config._attn_implementation = attention
+    model = MistralForCausalLM(config).eval()
+    rows = [
+        {"input_ids": torch.randint(50, (length + 4 + extra,)).tolist(), "answer_start": length}
+        for extra, length in enumerate(prompt_lengths)
+    ]
+    expected = []
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        log_probs = model(ids[None]).logits[0].double().log_softmax(-1)
+        answer = range(row["answer_start"], len(ids))
+        expected.append(torch.tensor([-log_probs[t - 1, ids[t]].item() for t in answer]))
+    scores = encoded_answer_scores(model, rows, batch_size=16, moments=False, desc="")
+    for score, losses in zip(scores, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(score.token_losses), losses.double(), atol=1e-5, rtol=0)
 
 
 def test_losses_of_a_bfloat16_model_are_computed_in_float32(model, tokenizer):
