@@ -87,7 +87,7 @@ def test_losses_equal_a_naive_loop(model, tokenizer, batch_size, padding_side):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("prompt_lengths", [[1, 1], [1, 9, 30], [30, 1, 30]])
 def test_prompts_of_any_lengths_go_together(prompt_lengths, attention):
-    """The window is shorter than the padding, so a gap between prompt and answer would hide the prompt."""
+    """The window is shorter than the difference, so padding between a prompt and its answer would hide the prompt."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=6, initializer_range=0.3, **sizes)

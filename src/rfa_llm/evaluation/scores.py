@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -86,19 +87,22 @@ def encoded_answer_scores(
     for prompt, answer in zip(prompts, answers, strict=True):
         longest[prompt] = max(len(answer), longest.get(prompt, 0))
 
-    # Rows of like lengths go together, so that little is padded. Longest first: a lack of memory shows at once.
+    # Prompts of one length go together, so that none is padded and positions need no mending. Longest first: a lack
+    # of memory shows at once.
     def length(index: int) -> tuple:
         return len(prompts[index]), longest[prompts[index]], prompts[index], len(answers[index])
 
     order = sorted(range(len(encoded)), key=length, reverse=True)
     scores: list[AnswerScore | None] = [None] * len(encoded)
     with _evaluating(model), tqdm(total=len(encoded), desc=desc, delay=2) as progress:
-        for begin in range(0, len(order), batch_size):
-            indices = order[begin : begin + batch_size]
-            batch = _batch_scores(model, [prompts[i] for i in indices], [answers[i] for i in indices], moments)
-            for index, score in zip(indices, batch, strict=True):
-                scores[index] = score
-            progress.update(len(indices))
+        for _, group in groupby(order, key=lambda i: len(prompts[i])):
+            group = list(group)
+            for begin in range(0, len(group), batch_size):
+                indices = group[begin : begin + batch_size]
+                batch = _batch_scores(model, [prompts[i] for i in indices], [answers[i] for i in indices], moments)
+                for index, score in zip(indices, batch, strict=True):
+                    scores[index] = score
+                progress.update(len(indices))
     for index, score in enumerate(scores):
         if np.isnan(score.token_losses).any():
             raise BrokenModelError(
@@ -125,30 +129,29 @@ def answer_losses(
 def _batch_scores(
     model: PreTrainedModel, prompts: list[tuple[int, ...]], answers: list[list[int]], moments: bool
 ) -> list[AnswerScore]:
-    """Scores of a batch of answers."""
+    """Scores of answers to prompts of one length."""
     cache = DynamicCache(config=model.config)
-    # All but the last token of a prompt, which predicts the answer's first and goes with it. Padded on the left, so
-    # that a prompt lies next to its answer, as layers with a sliding window need it.
-    different = list(dict.fromkeys(prompts))
-    of_answer = torch.tensor([different.index(prompt) for prompt in prompts])
-    shared = max(len(prompt) for prompt in different) - 1
-    read = torch.zeros(len(different), shared, dtype=torch.int64)
+    # All but the last token of a prompt, which predicts the answer's first and goes with it.
+    shared = len(prompts[0]) - 1
     if shared:
-        prompt_ids = torch.zeros_like(read)
-        for index, prompt in enumerate(different):
-            prompt_ids[index, shared - len(prompt) + 1 :] = torch.tensor(prompt[:-1])
-            read[index, shared - len(prompt) + 1 :] = 1
+        different = list(dict.fromkeys(prompts))
+        ids = torch.tensor([prompt[:-1] for prompt in different], device=model.device)
         nothing = torch.empty(0, dtype=torch.int64)
-        _forward(model, prompt_ids, read, cache, logits_to_keep=nothing)
-        cache.reorder_cache(of_answer.to(model.device))
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=nothing)
+        cache.reorder_cache(torch.tensor([different.index(prompt) for prompt in prompts], device=model.device))
 
     width = max(len(answer) for answer in answers)
-    answer_ids = torch.zeros(len(answers), width, dtype=torch.int64)
-    reads_answer = torch.zeros_like(answer_ids)
+    input_ids = torch.zeros(len(answers), width, dtype=torch.int64)
+    attention_mask = torch.ones(len(answers), shared + width, dtype=torch.int64)
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        answer_ids[index, : len(answer)] = torch.tensor([prompt[-1], *answer[:-1]])
-        reads_answer[index, : len(answer)] = 1
-    logits = _forward(model, answer_ids, torch.cat([read[of_answer], reads_answer], dim=1), cache)
+        input_ids[index, : len(answer)] = torch.tensor([prompt[-1], *answer[:-1]])
+        attention_mask[index, shared + len(answer) :] = 0
+    logits = model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
 
     scores = []
     for answer, of_row in zip(answers, logits, strict=True):
@@ -210,24 +213,6 @@ def answer_gradient_norms(
     return norms
 
 
-def _forward(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache, **more
-) -> torch.Tensor:
-    """The logits of `input_ids`, which the cache takes in; `attention_mask` is of these and all that it has."""
-    # Models of relative positions (ALiBi) read them from the mask, and take none.
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "position_ids" in inspect.signature(base.forward).parameters:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        more["position_ids"] = positions.to(model.device)
-    return model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        past_key_values=cache,
-        use_cache=True,
-        **more,
-    ).logits
-
-
 @torch.no_grad()
 def greedy_answers(
     model: PreTrainedModel,
@@ -280,6 +265,10 @@ def _batch_answers(
     model_ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
     ends = torch.tensor(sorted(ends), device=model.device)
+    # Models of relative positions (ALiBi) read them from the mask, and take none.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -292,8 +281,16 @@ def _batch_answers(
     going = torch.arange(len(prompts), device=model.device)
     cache = DynamicCache(config=model.config)
     for _ in range(max_new_tokens):
-        # 1 would make a slice, for which the CPU's bfloat16 product copies the head's weights once a row.
-        logits = _forward(model, input_ids, attention_mask, cache, logits_to_keep=torch.tensor([-1]))
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            # 1 would make a slice, for which the CPU's bfloat16 product copies the head's weights once a row.
+            logits_to_keep=torch.tensor([-1]),
+            **({"position_ids": positions} if takes_positions else {}),
+        ).logits
         tokens = logits[:, -1].argmax(-1)
         for index, token in zip(going.tolist(), tokens.tolist(), strict=True):
             answers[index].append(token)
