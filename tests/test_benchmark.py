@@ -390,6 +390,17 @@ def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path
         benchmark(arguments(folder, finished, **other))
 
 
+def test_a_model_whose_making_was_cut_short_is_made_again(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    target = out / "models" / "target"
+    (target / "trained_on.json").unlink()
+    # `save_pretrained` writes config.json first.
+    (target / "model.safetensors").unlink()
+    benchmark(arguments(folder, out))
+    assert (target / "model.safetensors").read_bytes() == (finished / "models/target/model.safetensors").read_bytes()
+    assert read(target / "trained_on.json") == read(finished / "models/target/trained_on.json")
+
+
 def test_a_method_whose_name_begins_with_another_s(finished, folder, tmp_path):
     results = shutil.copytree(finished / "results", tmp_path / "results")
     for file in results.glob("mine_lr*.json"):

@@ -161,9 +161,10 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
         path = folder / "models" / name
         dataset = load_tofu(rows, args.data_dir)
         trained_on = {"rows": digest(json.dumps(dataset[:]))}
-        if (path / "config.json").exists():
-            note = path / TRAINED_ON
-            if not note.exists() or _read(note) != trained_on:
+        # Written last: a model without it is one whose making was cut short.
+        note = path / TRAINED_ON
+        if note.exists():
+            if _read(note) != trained_on:
                 raise ValueError(
                     f"output_dir: {path} was fine-tuned on other rows than {rows} has; choose another folder."
                 )
@@ -180,7 +181,7 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
             recipe = FinetuneConfig(output_dir=str(path), **recipe)
             finetune(model, tokenizer, dataset, recipe, get_peft_config(FinetuneModelConfig()))
-            write_log(trained_on, path / TRAINED_ON)
+            write_log(trained_on, note)
         paths.append(str(path))
     return tuple(paths)
 
