@@ -70,6 +70,8 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
         ({"local_window": 0}, "local_window: 0 is not positive"),
         ({"local_sinks": -1}, "local_sinks: -1 is no number of tokens; give 0 or more"),
         ({"mean_rows": 0}, "mean_rows: 0 is not positive"),
+        ({"mean_rows": 2.5}, "mean_rows: 2.5 is no whole number"),
+        ({"local_window": float("inf")}, "local_window: inf is no whole number"),
         ({"next_token_weight": -1.0}, "next_token_weight: -1.0 is no weight; give 0 or more"),
         ({"next_token_weight": float("inf")}, "next_token_weight: inf is no weight; give 0 or more"),
         ({"next_token_weight": 1.0, "residual": "branch"}, "next_token_weight: 1.0 needs reference features"),

@@ -165,8 +165,8 @@ class RFAConfig(UnlearningConfig):
             self.alpha = 4.0 if self.teacher is None else 2.0
         if self.next_token_weight is None:
             self.next_token_weight = 0.0 if self.teacher is None or self.residual == "branch" else 1.0
-        self._check_positive("alpha", "beta", "shift_scale", "local_window", "mean_rows", "calibration_steps")
-        self._check_positive("reference_cache_gb")
+        self._check_positive("alpha", "beta", "shift_scale", "reference_cache_gb")
+        self._check_positive("local_window", "mean_rows", "calibration_steps", whole=True)
         self._check_choice("residual", ("feature", "branch"))
         self._check_choice("reference_cache", ("auto", "disk", "memory", "off"))
         if self.padding_free and self.reference_cache in ("auto", "off"):

@@ -122,11 +122,13 @@ class UnlearningConfig(TrainingArguments):
             )
         super().__post_init__()
 
-    def _check_positive(self, *names: str) -> None:
+    def _check_positive(self, *names: str, whole: bool = False) -> None:
         for name in names:
             value = getattr(self, name)
             if value is None or not value > 0:
                 raise ValueError(f"{name}: {value} is not positive; give a number above 0.")
+            if whole and not isinstance(value, int):
+                raise ValueError(f"{name}: {value} is no whole number; give 1, 2 or more.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
