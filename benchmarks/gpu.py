@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --shapes tiny --output benchmarks/results/gpu_script_on_cpu.json    # any machine
 
 Builds randomly initialised Llamas of known shapes (no download), lets `RFATrainer` train an adapter on made-up rows of
-equal length, and writes tokens/s, peak memory beside the sum of `memory.py`, and the model FLOPs utilisation. Then one
-step of a tiny model is compared with float32 on the CPU. Without a GPU it runs on the CPU, as a check of the script.
+equal length, and writes tokens/s, peak memory beside the sum of `memory.py`, the model FLOPs utilisation (of the data
+sheet's rate), and the rate that the GPU's own matrix products come to. Then one step of a tiny model is compared with
+float32 on the CPU. Without a GPU it runs on the CPU, as a check of the script.
 """
 
 from __future__ import annotations
