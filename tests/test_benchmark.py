@@ -386,19 +386,23 @@ def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path
     (data / "forget.jsonl").write_text(forget)
     assert benchmark(arguments(folder, finished, **other)) == (finished / "results" / "table.md").read_text()
     (data / "full.jsonl").write_text(forget)
-    with pytest.raises(ValueError, match="output_dir: .*target was fine-tuned on other rows than full has"):
+    with pytest.raises(ValueError, match="output_dir: .*target was not fine-tuned on the rows that full has"):
         benchmark(arguments(folder, finished, **other))
 
 
 def test_a_model_whose_making_was_cut_short_is_made_again(finished, folder, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     target = out / "models" / "target"
-    (target / "trained_on.json").unlink()
-    # `save_pretrained` writes config.json first.
-    (target / "model.safetensors").unlink()
+    # What a kill leaves: `save_pretrained` writes config.json first. `left` stands for files of the cut run.
+    target.rename(target.with_name("target.unfinished"))
+    (out / "models/target.unfinished/model.safetensors").unlink()
+    (out / "models/target.unfinished/left").touch()
     benchmark(arguments(folder, out))
-    assert (target / "model.safetensors").read_bytes() == (finished / "models/target/model.safetensors").read_bytes()
-    assert read(target / "trained_on.json") == read(finished / "models/target/trained_on.json")
+    whole = finished / "models" / "target"
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+    assert not target.with_name("target.unfinished").exists()
 
 
 def test_a_method_whose_name_begins_with_another_s(finished, folder, tmp_path):

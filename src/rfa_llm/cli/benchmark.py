@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
     """Paths of the target and its retain-only twin, fine-tuned from the base where they are missing.
 
     Raises:
-        ValueError: One is missing and there is no base, or one that is there was fine-tuned on other rows.
+        ValueError: One is missing and there is no base, or one that is there was not fine-tuned on these rows.
     """
     if args.demo_models:
         if not (folder / "models" / "retain" / "config.json").exists():
@@ -161,12 +162,11 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
         path = folder / "models" / name
         dataset = load_tofu(rows, args.data_dir)
         trained_on = {"rows": digest(json.dumps(dataset[:]))}
-        # Written last: a model without it is one whose making was cut short.
-        note = path / TRAINED_ON
-        if note.exists():
-            if _read(note) != trained_on:
+        if path.exists():
+            note = path / TRAINED_ON
+            if not note.exists() or _read(note) != trained_on:
                 raise ValueError(
-                    f"output_dir: {path} was fine-tuned on other rows than {rows} has; choose another folder."
+                    f"output_dir: {path} was not fine-tuned on the rows that {rows} has; choose another folder."
                 )
         else:
             if args.base_model is None:
@@ -179,9 +179,13 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(args.base_model)
             recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
-            recipe = FinetuneConfig(output_dir=str(path), **recipe)
+            # A model whose making is cut short has another name.
+            making = path.with_name(f"{name}.unfinished")
+            shutil.rmtree(making, ignore_errors=True)
+            recipe = FinetuneConfig(output_dir=str(making), **recipe)
             finetune(model, tokenizer, dataset, recipe, get_peft_config(FinetuneModelConfig()))
-            write_log(trained_on, note)
+            write_log(trained_on, making / TRAINED_ON)
+            making.rename(path)
         paths.append(str(path))
     return tuple(paths)
 
