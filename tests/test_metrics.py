@@ -58,12 +58,16 @@ def test_model_utility():
     assert metrics.model_utility([0.5] * 8 + [0.0]) == 0
     with pytest.raises(ValueError, match="got 8 values"):
         metrics.model_utility([0.5] * 8)
+    with pytest.raises(ValueError, match="got -0.5; a score is at least 0"):
+        metrics.model_utility([0.5] * 8 + [-0.5])
 
 
 def test_forget_quality_by_hand():
     # Of the 20 ways to interleave 3 and 3 samples, 2 separate them wholly.
     assert metrics.forget_quality([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) == pytest.approx(2 / 20)
     assert metrics.forget_quality([0.1, 0.3, 0.5], [0.5, 0.1, 0.3]) == 1.0
+    with pytest.raises(ValueError, match="no truth ratios of one model"):
+        metrics.forget_quality([], [0.5])
 
 
 def test_evaluate_modules_agree_with_the_functions():

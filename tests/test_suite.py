@@ -23,6 +23,7 @@ from rfa_llm.evaluation import (
     summary,
     write_log,
 )
+from rfa_llm.evaluation.suite import check_questions
 
 TOFU = Path(__file__).parents[2] / "shared" / "tofu"
 
@@ -276,6 +277,44 @@ def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
         evaluate_tofu(model, tokenizer, sets, retain_log=retain_log)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"forget_Q_A_ROUGE": ["an  ox", "an ape", "no"]}, "another forget set: 2 of its 3 answers"),
+        ({"mia_loss": {"forget": 3, "holdout": 1}}, "1 holdout rows under mia_loss, but there are 2"),
+        ({"mia_loss": {"forget": 2, "holdout": 2}}, "2 forget rows under mia_loss, but there are 3"),
+        ({"mia_min_k": None}, "an AUC of None under mia_min_k"),
+        ({"mia_min_k": 1.0}, "an AUC of 1.0 under mia_min_k"),
+        ({"forget_truth_ratio": [0.5, None, 0.5]}, "a 'score' in 'forget_truth_ratio' that is no number"),
+    ],
+)
+def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring(tokenizer, sets, changed, message):
+    def column(name, values):
+        return {"agg_value": 0.5, "value_by_index": {str(i): {name: value} for i, value in enumerate(values)}}
+
+    content = {
+        # One answer of three is another's; spaces are nobody's.
+        "forget_Q_A_ROUGE": [*(" ".join(sets["forget"]["answer"][i].split()) + " " for i in (0, 1)), "no"],
+        "mia_loss": {"forget": 3, "holdout": 2},
+        "mia_min_k": 0.5,
+        "forget_truth_ratio": [0.5, 0.25, 2.0],
+    }
+
+    def log(content):
+        attack = {half: column("score", [1.0] * count) for half, count in content["mia_loss"].items()}
+        return {
+            "forget_Q_A_ROUGE": column("ground_truth", content["forget_Q_A_ROUGE"]),
+            "forget_truth_ratio": column("score", content["forget_truth_ratio"]),
+            "mia_loss": {"agg_value": 0.5, **attack},
+            "mia_min_k": {"agg_value": content["mia_min_k"]},
+        }
+
+    whole = {**sets, "holdout": HOLDOUT}
+    assert check_questions(whole, log(content)) == log(content)
+    with pytest.raises(ValueError, match=message):
+        check_questions(whole, log({**content, **changed}))
+
+
 def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
     def evaluate(**changed):
         evaluate_tofu(None, tokenizer, {**sets, **changed})
@@ -290,6 +329,9 @@ def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
         evaluate(holdout=HOLDOUT.remove_columns("answer"))
     empty = [{"question": "Who?", "answer": "an ox", "perturbed_answer": wrong} for wrong in (["ass"], [])]
     with pytest.raises(ValueError, match="row 1 of the question set 'real_authors'"):
+        evaluate(real_authors=Dataset.from_list(empty))
+    empty[1]["perturbed_answer"] = ["ass", " "]
+    with pytest.raises(ValueError, match="row 1 of the question set 'real_authors' has ' ' in perturbed_answer"):
         evaluate(real_authors=Dataset.from_list(empty))
 
 

@@ -98,9 +98,12 @@ def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
 
 def forget_truth_ratios(log: dict, name: str) -> np.ndarray:
     """As `read_retain_truth_ratios`, of a log that has been read; `name` is what an error calls it."""
-    for key in FORGET_TRUTH_RATIO_KEYS:
-        if key in log:
-            return np.array(_column(log, key, "score", name), dtype=np.float64)
+    key = next((key for key in FORGET_TRUTH_RATIO_KEYS if key in log), None)
+    if key is not None:
+        ratios = np.array(_column(log, key, "score", name), dtype=np.float64)
+        if np.isnan(ratios).any():
+            raise ValueError(f"{name} has a 'score' in {key!r} that is no number; give the log as it was written.")
+        return ratios
     if "forget_Q_A_PARA_Prob" in log and "forget_Q_A_PERT_Prob" in log:
         return truth_ratio(
             _column(log, "forget_Q_A_PARA_Prob", "avg_loss", name),
@@ -110,6 +113,13 @@ def forget_truth_ratios(log: dict, name: str) -> np.ndarray:
         f"{name} has no truth ratios of the forget set, neither 'forget_truth_ratio' nor 'forget_Q_A_PARA_Prob' with "
         f"'forget_Q_A_PERT_Prob' (found {sorted(log)}); give the full log of a model trained on the retain set alone."
     )
+
+
+def read_answers(log: dict) -> list[str]:
+    """The forget set's answers, row by row; none where the log does not keep them."""
+    rows = log.get("forget_Q_A_ROUGE", {}).get("value_by_index", {})
+    texts = [rows[index].get("ground_truth") for index in sorted(rows, key=int)]
+    return texts if all(isinstance(text, str) for text in texts) else []
 
 
 def read_attack_scores(log: dict, attack: str, rows: str) -> np.ndarray:

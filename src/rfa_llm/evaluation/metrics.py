@@ -135,6 +135,8 @@ def model_utility(values: Sequence[float]) -> float:
             f"model_utility got {len(values)} values; give nine: probability, ROUGE and truth ratio "
             "on each of retain, real authors and world facts."
         )
+    if min(values) < 0:
+        raise ValueError(f"model_utility got {min(values)}; a score is at least 0.")
     return float(scipy.stats.hmean(np.asarray(values, dtype=np.float64)))
 
 
@@ -151,4 +153,6 @@ def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[fl
     Raises:
         ValueError: one of the two is empty.
     """
+    if not len(unlearned_ratios) or not len(retain_ratios):
+        raise ValueError("forget_quality got no truth ratios of one model; give those of both.")
     return float(scipy.stats.ks_2samp(unlearned_ratios, retain_ratios).pvalue)

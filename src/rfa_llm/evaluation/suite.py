@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rfa_llm.adapters import adapter_off
 from rfa_llm.evaluation import fluency, memorisation, metrics
-from rfa_llm.evaluation.log import read_attack_scores, read_log, read_retain_truth_ratios
+from rfa_llm.evaluation.log import read_answers, read_attack_scores, read_log, read_retain_truth_ratios
 from rfa_llm.evaluation.scores import (
     AnswerScore,
     answer_gradient_norms,
@@ -106,7 +106,7 @@ def evaluate_tofu(
     questions = {name: list(sets[name]) for name in SETS}
     log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
     for name, rows in questions.items():
-        scores, of_set = _probabilities(model, tokenizer, rows, name, batch_size)
+        scores, of_set = probabilities(model, tokenizer, rows, name, batch_size)
         log |= of_set
         if name == "forget":
             log |= _memorisation(scores)
@@ -177,6 +177,12 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
                     f"row {index} of the question set {name!r} has perturbed_answer={wrong!r}; "
                     "give a list of wrong answers, at least one."
                 )
+            empty = [text for text in wrong if not isinstance(text, str) or not text.strip()]
+            if empty:
+                raise ValueError(
+                    f"row {index} of the question set {name!r} has {empty[0]!r} in perturbed_answer; give text there, "
+                    "or drop it."
+                )
     if retain_log is None:
         return None
     retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
@@ -186,13 +192,53 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
             f"retain_log has {count} truth ratios but the forget set has {len(sets['forget'])} questions; give the "
             "log of a retain-only model on the same forget set."
         )
+    # Token by token decoded answers may differ in their spaces, so a few others do not matter.
+    texts = read_answers(retain_log)
+    others = sum(
+        "".join(text.split()) != "".join(answer.split())
+        for text, answer in zip(texts, sets["forget"]["answer"], strict=False)
+    )
+    if 2 * others > count:
+        raise ValueError(
+            f"retain_log is of another forget set: {others} of its {count} answers are others; give the log of a "
+            "retain-only model on the same forget set."
+        )
+    if "holdout" in sets:
+        _check_attacks(retain_log, {half: len(sets[half]) for half in ("forget", "holdout")})
     return retain_log
 
 
-def _probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], name: str, batch_size: int
+def _check_attacks(retain_log: dict, counts: dict[str, int]) -> None:
+    """Check that the retain log's attacks, where it has them, can be compared with."""
+    if "mia_loss" in retain_log:
+        for half, count in counts.items():
+            found = len(read_attack_scores(retain_log, "mia_loss", half))
+            if found != count:
+                raise ValueError(
+                    f"retain_log has {found} {half} rows under mia_loss, but there are {count}; give the log of a "
+                    "retain-only model on the same sets."
+                )
+    auc = retain_log.get("mia_min_k", {"agg_value": 0.5})["agg_value"]
+    if auc is None or not 0 <= auc < 1:
+        raise ValueError(
+            f"retain_log has an AUC of {auc} under mia_min_k, to which PrivLeak has no ratio; give the log of a model "
+            "that never saw the forget set, or take the metric out of it."
+        )
+
+
+def probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], name: str, batch_size: int = 16
 ) -> tuple[list[AnswerScore], dict[str, dict]]:
-    """The true answers' scores, and probabilities and truth ratios, of one set from one pass over all its answers."""
+    """Probabilities and truth ratios of one question set, from one pass over all its answers.
+
+    Args:
+        model, tokenizer, batch_size: as in `evaluate_tofu`.
+        rows: the set's rows.
+        name: which set of `SETS` they are of.
+
+    Returns:
+        the true answers' scores, and the set's part of the log.
+    """
     prefix, has_paraphrases = SETS[name]
     wrong_counts = [len(row["perturbed_answer"]) for row in rows]
     pairs = [(row["question"], row["answer"]) for row in rows]
@@ -338,14 +384,8 @@ def _membership(
     if retain_log is not None and "mia_loss" in retain_log:
         attacks["mia_reference"] = {}
         for half in halves:
-            losses = attacks["mia_loss"][half]
             reference = read_attack_scores(retain_log, "mia_loss", half)
-            if len(reference) != len(losses):
-                raise ValueError(
-                    f"retain_log has {len(reference)} {half} rows under mia_loss, but there are {len(losses)}; give "
-                    "the log of a retain-only model on the same sets."
-                )
-            attacks["mia_reference"][half] = (np.array(losses) - reference).tolist()
+            attacks["mia_reference"][half] = (np.array(attacks["mia_loss"][half]) - reference).tolist()
     log = {
         attack: {
             "agg_value": memorisation.membership_auc(values["forget"], values["holdout"]),
