@@ -230,7 +230,8 @@ def teacher_features_path(
 ) -> Path:
     """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
     # A local teacher may be trained again under the same name.
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(teacher).glob("*.safetensors"))]
+    weights = sorted(file for file in Path(teacher).glob("*") if file.suffix in (".safetensors", ".bin"))
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
     inputs = [rows[column][:] for rows in (forget, retain) for column in ("input_ids", "answer_start")]
     # What the file holds is part of its name, so that one of an earlier version is not read.
     fingerprint = json.dumps(["forget and retain rows", teacher, files, str(dtype), list(aligned), tokens, inputs])
