@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from transformers import (
     TrainerCallback,
     ViTConfig,
 )
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.blocks import check_decoder_only
 from rfa_llm.data.formats import load_rows
-from rfa_llm.unlearning_trainer import BASE_KEEPING_INITS
+from rfa_llm.unlearning_trainer import BASE_KEEPING_INITS, _check_launch
 
 
 @pytest.mark.parametrize(
@@ -434,3 +436,13 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
     path = tmp_path / "excel.csv"
     path.write_text("question,answer\nw1,w2\n", encoding="utf-8-sig")
     assert load_rows(str(path), "forget_dataset").column_names == ["question", "answer"]
+
+
+def test_processes_that_may_come_to_unlike_numbers_of_batches_are_refused(monkeypatch):
+    """The first would wait for ever in the sum over all tokens of a step."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = {"n_gpu": 1, "world_size": 2}
+    for settings in ({}, {"even_batches": False, "split_batches": True}):
+        _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(**settings)))
+    with pytest.raises(ValueError, match="accelerator_config: even_batches=False may leave a process"):
+        _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(even_batches=False)))

@@ -200,7 +200,7 @@ def test_a_result_of_an_earlier_version_is_named(name, lost, message, finished, 
 @pytest.mark.parametrize("interrupted_at", [0, 1])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
     settings = {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}
-    run = Run("rfa", {**settings, "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2, "rows")
+    run = Run("rfa", {**settings, "per_device_train_batch_size": 2, "use_cpu": True}, 1e-2, 1, 4, 2, "rows", {})
     data = str(folder / "data")
     more = {
         "model": str(finished / "models" / "target"),
@@ -241,7 +241,8 @@ def result(rate: float, seed: int, qualities: list[float], utilities: list[float
         {"step": 5 * (i + 1), "summary": {**SUMMARY, "forget_quality": quality, "model_utility": utility}}
         for i, (quality, utility) in enumerate(zip(qualities, utilities, strict=True))
     ]
-    return {"method": "rfa", "run": {"learning_rate": rate, "seed": seed}, "points": points}
+    computed = {"dtype": "float32", "machine": {"cpu": "an EPYC", "accelerator": None}}
+    return {"method": "rfa", "run": {"learning_rate": rate, "seed": seed}, "points": points, **computed}
 
 
 SUMMARY = {
@@ -285,6 +286,16 @@ def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
     assert at_best > at_last
 
 
+def test_the_table_says_what_was_computed_where_and_leaves_out_what_a_seed_lacks():
+    first, second = result(1e-3, 0, [0.5], [0.5]), result(1e-3, 1, [0.5], [0.5])
+    first["points"][0]["summary"] = {**first["points"][0]["summary"], "privleak": 1.0}
+    second |= {"dtype": "bfloat16", "machine": {"cpu": "a Xeon", "accelerator": "an H200"}}
+    heading, _, target, _, row, _ = table(MODELS, {"rfa": [first, second]}).splitlines()
+    cells = dict(zip(heading.split(" | "), row.split(" | "), strict=True))
+    assert (cells["PrivLeak"], cells["computed in |"]) == ("-", "bfloat16, an H200; float32, an EPYC |")
+    assert target.endswith(" | float32, an EPYC |")
+
+
 def test_runs_that_stop_by_themselves_have_each_its_own_last_step():
     def rows(*results):
         return {line.split(" | ")[0]: line.split(" | ") for line in table(MODELS, {"rfa": results}).splitlines()[2:]}
@@ -302,7 +313,8 @@ def test_target_and_retain_only_are_scored_once(finished, folder):
     file = finished / "results" / "target.json"
     before = file.stat().st_mtime_ns
     log = finished / "logs" / "target.json"
-    assert score_model("target", "nowhere", {}, read(file)["rows"], file, log, {}) == read(file)
+    of = (read(file)["rows"], read(file)["scored"])
+    assert score_model("target", "nowhere", {}, *of, file, log, {}) == read(file)
     assert file.stat().st_mtime_ns == before
 
 
@@ -388,6 +400,58 @@ def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path
     (data / "full.jsonl").write_text(forget)
     with pytest.raises(ValueError, match="output_dir: .*target was not fine-tuned on the rows that full has"):
         benchmark(arguments(folder, finished, **other))
+
+
+def test_results_of_other_models_or_scored_otherwise_are_refused(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"retain-only.json was scored with {'max_new_tokens': 4, .* not with .* 5"):
+        benchmark(arguments(folder, out, max_new_tokens=5))
+    (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tiny_rows(9, first=60)))
+    with pytest.raises(ValueError, match=r"retain-only.json was scored with .*'holdout': None}, not with .*'sha256:"):
+        benchmark(arguments(folder, out, holdout_dataset=str(tmp_path / "new.jsonl")))
+    # The same model in another dtype is the same; in bfloat16 as a GPU would score it.
+    target, retain_only = out / "models" / "target", out / "models" / "retain"
+    AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).save_pretrained(target)
+    benchmark(arguments(folder, out))
+    shutil.copy(retain_only / "model.safetensors", target)
+    with pytest.raises(ValueError, match=r"results: \S*target.json is of another model than \S*target \("):
+        benchmark(arguments(folder, out))
+
+
+def test_results_compared_with_another_retain_only_model_are_refused(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    content = read(results / "retain-only.json")
+    rows = content["compared_with"]["forget_truth_ratio"]["value_by_index"]
+    for index, row in rows.items():
+        row["score"] *= 10 ** int(index)
+    (results / "retain-only.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"rfa_lr\S*.json was compared with another retain-only model than"):
+        benchmark(arguments(folder, finished, results_dir=str(results), retain_model="nowhere"))
+
+
+def test_a_result_that_does_not_belong_here_is_named_before_any_training(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    stale = read(results / "mine_lr0.01_seed0.json")
+    stale["run"]["max_steps"] = 2
+    (results / "mine_lr0.01_seed5.json").write_text(json.dumps(stale))
+    (results / "rfa_lr0.001_seed0.json").unlink()
+    with pytest.raises(ValueError, match=r"mine_lr0.01_seed5.json is of the settings .*'max_steps': 2"):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
+    assert not (results / "rfa_lr0.001_seed0.json").exists()
+
+
+def test_the_rate_of_the_other_seeds_is_chosen_among_all_that_have_run(finished, folder, tmp_path):
+    """Of two calls with a rate each, the second's seeds run at the better one of both."""
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    utility = read(results / "target.json")["points"][0]["summary"]["model_utility"]
+    files = {rate: results / f"rfa_lr{rate:g}_seed0.json" for rate in (1e-3, 1e-2)}
+    best = best_learning_rate([read(file) for file in files.values()], utility)
+    (other,) = set(files) - {best}
+    text = benchmark(
+        arguments(folder, finished, results_dir=str(results), only=["rfa"], learning_rates=[other], seeds=[0, 3])
+    )
+    assert not (results / f"rfa_lr{other:g}_seed3.json").exists()
+    assert f"| rfa, last step | {best:g} | 4 | 2 |" in text
 
 
 def test_a_model_whose_making_was_cut_short_is_made_again(finished, folder, tmp_path):

@@ -60,6 +60,8 @@ from .receipt import (
 from .unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
+# The adapter where no `peft_config` is given: fields of `LoraConfig`.
+DEFAULT_LORA = {"r": 32, "lora_alpha": 64}
 # Settings that say nothing where the optimizer or the scheduler is given.
 OPTIMIZER = ("optim", "learning_rate", "weight_decay")
 SCHEDULER = ("lr_scheduler_type", "warmup_steps")
@@ -262,7 +264,7 @@ class UnlearningTrainer(Trainer):
                 )
         else:
             if peft_config is None:
-                peft_config = LoraConfig(r=32, lora_alpha=64, task_type="CAUSAL_LM")
+                peft_config = LoraConfig(task_type="CAUSAL_LM", **DEFAULT_LORA)
             peft_config = placed(peft_config, model, self._last_adapted_block(model.config))
             # peft's own place for it: the adapter names its base whole.
             model = get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
@@ -643,7 +645,13 @@ class _NextEpochsPairs(TrainerCallback):
 
 
 def _check_launch(args: UnlearningConfig) -> None:
-    if args.n_gpu > 1 or args.accelerator_config.dispatch_batches:
+    accelerator = args.accelerator_config
+    if args.world_size > 1 and not (accelerator.even_batches or accelerator.split_batches):
+        raise ValueError(
+            "accelerator_config: even_batches=False may leave a process without a batch that the others wait for; "
+            "leave it out."
+        )
+    if args.n_gpu > 1 or accelerator.dispatch_batches:
         raise ValueError(
             "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its forget "
             "and its retain rows; launch a process for each GPU (`--accelerate_config ddp`) or show one "

@@ -3,6 +3,7 @@
 from rfa_llm.benchmark.picture import draw
 from rfa_llm.benchmark.runs import (
     Run,
+    check_reference,
     check_settings,
     identity,
     rows_digest,
@@ -15,6 +16,7 @@ from rfa_llm.benchmark.table import best_learning_rate, table
 __all__ = [
     "Run",
     "best_learning_rate",
+    "check_reference",
     "check_settings",
     "draw",
     "identity",

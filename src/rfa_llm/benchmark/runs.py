@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
@@ -16,14 +18,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rfa_llm.benchmark.environment import environment
 from rfa_llm.checkpoints import KEPT, ORDER, digest, newest_whole_checkpoint, own_settings
 from rfa_llm.config import RFAConfig
-from rfa_llm.evaluation import evaluate_tofu, summary, write_log
+from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
+from rfa_llm.evaluation.metrics import forget_quality
+from rfa_llm.evaluation.suite import probabilities
 from rfa_llm.progress import bar_alone
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
-from rfa_llm.unlearning_trainer import UnlearningTrainer
+from rfa_llm.unlearning_trainer import DEFAULT_LORA, UnlearningTrainer
 
 # What `evaluate_tofu` reads in a retain-only model's log: numbers alone, none of the text.
 COMPARED_WITH = ("forget_truth_ratio", "mia_loss", "mia_min_k")
+# Inherited settings that change what is learnt in a step, beside those that a checkpoint keeps.
+STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon")
+# A model's truth ratios on so many questions tell it from another: their logarithms are 0.01 apart in the mean where
+# dtype or machine differ, and 0.15 or more between SmolLM2's target and its retain-only model on rows that both know.
+LOOK_QUESTIONS, SAME_MODEL = 16, 0.05
 # What a run sets by itself.
 OWN = {"save_strategy": "steps", "save_total_limit": 1, "overwrite_output_dir": True, "report_to": "none"}
 
@@ -41,6 +50,8 @@ class Run:
         max_steps: steps of training.
         points: how many times it is scored, at equal distances; a divisor of `max_steps`.
         rows: what it is trained on and asked, from `rows_digest`.
+        scored: what else its scores hang on: `max_new_tokens` and `holdout`, a digest of the rows that the membership
+            attacks are held against.
     """
 
     method: str
@@ -50,6 +61,7 @@ class Run:
     max_steps: int
     points: int
     rows: str
+    scored: Mapping[str, object]
 
 
 def rows_digest(forget: Dataset, retain: Dataset, sets: Mapping[str, Dataset]) -> str:
@@ -79,6 +91,7 @@ def score_model(
     model: str,
     sets: Mapping[str, Dataset],
     rows: str,
+    scored: Mapping[str, object],
     result: Path,
     log_file: Path,
     scoring: Mapping[str, object],
@@ -87,9 +100,10 @@ def score_model(
 
     Args:
         name: in the table.
-        model: path of the model; not looked at where the result is there.
+        model: path of the model. Where the result is there it may be missing; a folder that is there is looked at, for
+            whether the result is of that model.
         sets: as `evaluate_tofu` takes them.
-        rows: from `rows_digest`.
+        rows, scored: as a `Run` has them.
         result: where the result goes, without any text.
         log_file: where the log goes, with the questions and answers.
         scoring: more arguments of `evaluate_tofu`.
@@ -99,7 +113,8 @@ def score_model(
         `retain_log`, so that a retain-only model is needed once.
 
     Raises:
-        ValueError: The result is of other rows, or of a version that did not keep all of that.
+        ValueError: The result is of another model or other rows, or was scored otherwise, or is of a version that did
+            not keep all of that.
     """
     if result.exists():
         content = json.loads(result.read_text(encoding="utf-8"))
@@ -113,13 +128,21 @@ def score_model(
                 f"results: {result} is of other forget, retain or question rows than these; give each of them a "
                 "results_dir of its own."
             )
+        if content.get("scored") != scored:
+            raise ValueError(
+                f"results: {result} was scored with {content.get('scored')}, not with {scored}; delete it, or choose "
+                "another results_dir."
+            )
+        if Path(model).is_dir():
+            _check_model(model, sets["forget"], content, result)
         return content
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    log = evaluate_tofu(loaded.to(PartialState().device), AutoTokenizer.from_pretrained(model), sets, **scoring)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(PartialState().device)
+    log = evaluate_tofu(loaded, AutoTokenizer.from_pretrained(model), sets, **scoring)
     write_log(log, log_file)
     content = {
         "method": name,
         "rows": rows,
+        "scored": dict(scored),
         "points": [point(log, 0)],
         "compared_with": {metric: log[metric] for metric in COMPARED_WITH if metric in log},
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -129,14 +152,56 @@ def score_model(
     return content
 
 
+def _check_model(model: str, questions: Dataset, content: Mapping, result: Path) -> None:
+    """Check that a model has the truth ratios that its result says."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(PartialState().device)
+    asked = list(questions.select(range(min(LOOK_QUESTIONS, len(questions)))))
+    _, log = probabilities(loaded, AutoTokenizer.from_pretrained(model), asked, "forget")
+    there = content["points"][0]["forget_truth_ratios"][: len(asked)]
+    # A ratio that overflowed says as much as a large one.
+    logs = np.log(np.clip([read_retain_truth_ratios(log), there], 1e-9, 1e9))
+    apart = np.abs(logs[0] - logs[1]).mean()
+    if apart > SAME_MODEL:
+        raise ValueError(
+            f"results: {result} is of another model than {model} (the logarithms of the first truth ratios are "
+            f"{apart:.2g} apart in the mean); choose another results_dir, or delete the results."
+        )
+
+
+def check_reference(content: Mapping, retain_result: Mapping, result: Path) -> None:
+    """Check that a run's result was compared with this retain-only model.
+
+    Args:
+        content: what lies in the run's file.
+        retain_result: what `score_model` returned of the retain-only model.
+        result: the run's file.
+
+    Raises:
+        ValueError: Its forget quality is not that of its truth ratios and the retain-only model's.
+    """
+    retain_ratios = read_retain_truth_ratios(retain_result["compared_with"])
+    for one in content["points"]:
+        quality = forget_quality(one["forget_truth_ratios"], retain_ratios)
+        if not math.isclose(quality, one["summary"]["forget_quality"], rel_tol=1e-6):
+            raise ValueError(
+                f"results: {result} was compared with another retain-only model than the one whose result lies beside "
+                "it; delete the one that is wrong, or choose another results_dir."
+            )
+
+
 def identity(run: Run) -> dict[str, dict]:
-    """What a result file says of its run: "run", as it was asked for, and "in_full", the method's settings and those
-    of the optimizer as they came out, so that a default that changes later does not pass for the old one."""
-    args, _ = _arguments(run, "")
+    """What a result file says of its run: "run", as it was asked for, and "in_full", the method's settings, those of
+    the optimizer and the adapter's as they came out, so that a default that changes later does not pass for the old
+    one."""
+    args, lora = _arguments(run, "")
     values = args.to_dict()
-    in_full = {name: values[name] for name in (*own_settings(args), *KEPT, *ORDER)}
+    in_full = {name: values[name] for name in (*own_settings(args), *KEPT, *ORDER, *STEP)}
+    lora = DEFAULT_LORA if lora is None else lora
+    adapter = LoraConfig(**lora)
+    in_full["lora"] = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout, **lora}
+    asked = {**vars(run), "settings": dict(run.settings), "scored": dict(run.scored)}
     # As it is read again.
-    return json.loads(json.dumps({"run": {**vars(run), "settings": dict(run.settings)}, "in_full": in_full}))
+    return json.loads(json.dumps({"run": asked, "in_full": in_full}))
 
 
 def check_settings(run: Run, content: Mapping, result: Path) -> None:

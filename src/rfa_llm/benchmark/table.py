@@ -69,11 +69,11 @@ def table(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> 
     target_utility = models["target"]["points"][0]["summary"]["model_utility"]
     headings = ["method", "learning rate", "step", "seeds", "forget quality", "utility", "utility / target's"]
     lines = [
-        "| " + " | ".join([*headings, *COLUMNS]) + " |",
-        "| --- |" + " ---: |" * (len(headings) + len(COLUMNS) - 1),
+        "| " + " | ".join([*headings, *COLUMNS, "computed in"]) + " |",
+        "| --- |" + " ---: |" * (len(headings) + len(COLUMNS) - 1) + " --- |",
     ]
     for name, result in models.items():
-        lines.append(_row([name, "-", "-", "-"], [result["points"][0]["summary"]], target_utility))
+        lines.append(_row([name, "-", "-", "-"], [result["points"][0]["summary"]], target_utility, [result]))
     chosen = []
     for name, results in methods.items():
         best = best_step(results, target_utility)
@@ -83,11 +83,13 @@ def table(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> 
             score = fmean(strength(one, target_utility) for one in summaries)
             steps = _cell([one["step"] for one in taken], "{:g}", fmean)
             head = [f"{name}, {which} step", f"{results[0]['run']['learning_rate']:g}", steps, str(len(results))]
-            chosen.append((which, -score, _row(head, summaries, target_utility)))
+            chosen.append((which, -score, _row(head, summaries, target_utility, results)))
     return "\n".join([*lines, *(row for *_, row in sorted(chosen))]) + "\n"
 
 
-def _row(head: list[str], summaries: Sequence[Mapping[str, float]], target_utility: float) -> str:
+def _row(
+    head: list[str], summaries: Sequence[Mapping[str, float]], target_utility: float, results: Sequence[dict]
+) -> str:
     utilities = [one["model_utility"] for one in summaries]
     cells = [
         _cell([one["forget_quality"] for one in summaries], "{:.2g}", median),
@@ -95,9 +97,16 @@ def _row(head: list[str], summaries: Sequence[Mapping[str, float]], target_utili
         _cell([utility / target_utility for utility in utilities], "{:.3f}", fmean),
     ]
     for column in COLUMNS.values():
-        # A retain-only model's own log has no PrivLeak.
-        cells.append(_cell([one[column] for one in summaries], "{:.3f}", fmean) if column in summaries[0] else "-")
-    return "| " + " | ".join([*head, *cells]) + " |"
+        # A retain-only model's own log has no PrivLeak, nor has that of a run without holdout rows.
+        everywhere = all(column in one for one in summaries)
+        cells.append(_cell([one[column] for one in summaries], "{:.3f}", fmean) if everywhere else "-")
+    return "| " + " | ".join([*head, *cells, _computed_in(results)]) + " |"
+
+
+def _computed_in(results: Sequence[dict]) -> str:
+    """Dtype and processor: scores of one model differ between them."""
+    machines = {f"{one['dtype']}, {one['machine']['accelerator'] or one['machine']['cpu']}" for one in results}
+    return "; ".join(sorted(machines))
 
 
 def _cell(values: Sequence[float], form: str, middle) -> str:

@@ -16,6 +16,7 @@ from trl import get_peft_config
 from rfa_llm.benchmark import (
     Run,
     best_learning_rate,
+    check_reference,
     check_settings,
     draw,
     identity,
@@ -148,9 +149,12 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
         ValueError: One is missing and there is no base, or one that is there was not fine-tuned on these rows.
     """
     if args.demo_models:
-        if not (folder / "models" / "retain" / "config.json").exists():
-            make_models(DemoArguments(use_cpu=args.use_cpu), folder / "models")
-        return str(folder / "models" / "target"), str(folder / "models" / "retain")
+        models = folder / "models"
+        if not models.exists():
+            making = _emptied(models)
+            make_models(DemoArguments(use_cpu=args.use_cpu), making)
+            making.rename(models)
+        return str(models / "target"), str(models / "retain")
     paths = []
     for given, name, rows in (
         (args.target_model, "target", args.full_config),
@@ -179,15 +183,20 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(args.base_model)
             recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
-            # A model whose making is cut short has another name.
-            making = path.with_name(f"{name}.unfinished")
-            shutil.rmtree(making, ignore_errors=True)
+            making = _emptied(path)
             recipe = FinetuneConfig(output_dir=str(making), **recipe)
             finetune(model, tokenizer, dataset, recipe, get_peft_config(FinetuneModelConfig()))
             write_log(trained_on, making / TRAINED_ON)
             making.rename(path)
         paths.append(str(path))
     return tuple(paths)
+
+
+def _emptied(path: Path) -> Path:
+    """Where a model is made that is to be at `path`: one whose making is cut short has another name."""
+    making = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(making, ignore_errors=True)
+    return making
 
 
 def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
@@ -205,14 +214,17 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table."""
 
-    def prepared(name: str, settings: dict, learning_rate: float, seed: int, rows: str) -> Run:
-        settings = {"use_cpu": args.use_cpu, **(args.training or {}), **settings}
+    scored = {"max_new_tokens": args.max_new_tokens, "holdout": None}
+    rows = ""
+
+    def prepared(name: str, learning_rate: float, seed: int) -> Run:
+        settings = {"use_cpu": args.use_cpu, **(args.training or {}), **args.methods[name]}
         settings.pop("learning_rates", None)
-        return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows)
+        return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored)
 
     # A wrong setting ends it now and not after hours.
-    for name, settings in args.methods.items():
-        identity(prepared(name, settings, args.learning_rates[0], args.seeds[0], ""))
+    for name in args.methods:
+        identity(prepared(name, args.learning_rates[0], args.seeds[0]))
 
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
@@ -230,23 +242,24 @@ def benchmark(args: BenchmarkArguments) -> str:
     if args.holdout_dataset is not None:
         # Some rows are for the membership attacks, others for what stops by itself, so that it is not scored on what
         # it has seen. Drawn, because TOFU asks every author the same kinds of question in the same order.
-        rows = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
-        rows = rows.shuffle(seed=0, keep_in_memory=True)
-        number = min(len(forget), len(rows) // 2)
-        sets["holdout"], holdout = rows.select(range(number)), rows.select(range(number, 2 * number))
+        new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
+        new = new.shuffle(seed=0, keep_in_memory=True)
+        number = min(len(forget), len(new) // 2)
+        sets["holdout"], holdout = new.select(range(number)), new.select(range(number, 2 * number))
+        scored["holdout"] = digest(json.dumps(sets["holdout"][:]))
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder)
     rows = rows_digest(forget, retain, sets)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
-    def scored(name: str, model: str) -> dict:
+    def whole(name: str, model: str) -> dict:
         log_file = folder / "logs" / f"{name}.json"
-        return score_model(name, model, sets, rows, results / f"{name}.json", log_file, scoring)
+        return score_model(name, model, sets, rows, scored, results / f"{name}.json", log_file, scoring)
 
-    retain_result = scored("retain-only", retain_only)
+    retain_result = whole("retain-only", retain_only)
     scoring["retain_log"] = retain_result["compared_with"]
-    models = {"target": scored("target", target), "retain-only": retain_result}
+    models = {"target": whole("target", target), "retain-only": retain_result}
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
     utility = models["target"]["points"][0]["summary"]["model_utility"]
     if utility == 0:
@@ -261,27 +274,35 @@ def benchmark(args: BenchmarkArguments) -> str:
         to = folder / "runs" / run_name(one)
         return train_and_score(one, target, forget, retain, holdout, sets, file, to, scoring)
 
-    methods: dict[str, list[dict]] = {}
-    for name, settings in args.methods.items():
-        learning_rates = settings.get("learning_rates", args.learning_rates)
-        if not args.only or name in args.only:
-            tried = [run(prepared(name, settings, rate, args.seeds[0], rows)) for rate in learning_rates]
-            best = best_learning_rate(tried, utility)
-            for seed in args.seeds[1:]:
-                run(prepared(name, settings, best, seed, rows))
-        # Also what was run at other times, with other learning rates or seeds.
+    def chosen(name: str) -> list[dict]:
+        """A method's results, also those of other times, at the learning rate that is best on its first seed."""
         done = []
         for file in sorted(results.glob(f"{name}_lr*_seed*.json")):
             found = _read(file)
             of = found["run"]
             # The name of a method may begin with another's.
             if of["method"] == name:
-                check_settings(prepared(name, settings, of["learning_rate"], of["seed"], rows), found, file)
+                check_settings(prepared(name, of["learning_rate"], of["seed"]), found, file)
+                check_reference(found, retain_result, file)
                 done.append(found)
-        if done:
-            first = min(one["run"]["seed"] for one in done)
-            best = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
-            methods[name] = [one for one in done if one["run"]["learning_rate"] == best]
+        if not done:
+            return []
+        first = min(one["run"]["seed"] for one in done)
+        best = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
+        return [one for one in done if one["run"]["learning_rate"] == best]
+
+    # Results that do not belong here end it now, too.
+    for name in args.methods:
+        chosen(name)
+    for name, settings in args.methods.items():
+        if args.only and name not in args.only:
+            continue
+        for rate in settings.get("learning_rates", args.learning_rates):
+            run(prepared(name, rate, args.seeds[0]))
+        rate = chosen(name)[0]["run"]["learning_rate"]
+        for seed in args.seeds[1:]:
+            run(prepared(name, rate, seed))
+    methods = {name: results_of for name in args.methods if (results_of := chosen(name))}
 
     text = table(models, methods)
     (results / "table.md").write_text(text, encoding="utf-8")
