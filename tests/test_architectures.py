@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import perturb, tiny_llama, tiny_rows
+from conftest import perturb, tiny_llama, tiny_rows, tiny_tokenizer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from rfa_llm import RFAConfig, RFATrainer
 from rfa_llm.blocks import find_blocks
 from rfa_llm.data.formats import encode
 from rfa_llm.evaluation import answer_losses, greedy_answers
@@ -256,6 +259,31 @@ def test_hooks_are_gone_after_a_run_and_after_an_error(name):
     with pytest.raises(RuntimeError, match="inside the block"):
         block_features(model, blocks[:3], **tokens())
     assert hooks() == before and len(blocks) == 4
+
+
+def test_a_model_with_code_of_its_own(tmp_path):
+    """`trust_remote_code` reaches its configuration and its tokenizer's, which are read before the model."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    file = tmp_path / "model" / "config.json"
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": auto}))
+    args = RFAConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        model_init_kwargs={"trust_remote_code": True},
+    )
+    sets = {"forget_dataset": tiny_rows(4, first=0), "retain_dataset": tiny_rows(6, first=20)}
+    trainer = RFATrainer(str(tmp_path / "model"), args, **sets)
+    trainer.train()
+    assert type(trainer.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
 def test_features_are_found_under_accelerates_dispatch_hooks(tmp_path):

@@ -15,7 +15,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rfa_llm.benchmark import Run, best_learning_rate, check_settings, runs, score_model, table, train_and_score
+from rfa_llm.benchmark import (
+    Run,
+    best_learning_rate,
+    check_reference,
+    check_settings,
+    runs,
+    score_model,
+    table,
+    train_and_score,
+)
 from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
@@ -167,6 +176,7 @@ def test_committed_results_are_of_their_config_and_todays_defaults(results, conf
         settings = {"use_cpu": run["settings"]["use_cpu"], **config["training"], **config["methods"][run["method"]]}
         settings.pop("learning_rates", None)
         check_settings(Run(**{**run, "settings": settings}), content, file)
+        check_reference(content, read(file.with_name("retain-only.json")), file)
 
 
 def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):

@@ -33,7 +33,9 @@ def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
     # Masked language models may sit in the causal mapping too; they are decoders only when told so.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
         raise ValueError(f"model: {name!r} is an encoder ({config.model_type}); pass a decoder-only model.")
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    # Or a class in the repository's own code, under `trust_remote_code`.
+    own_classes = config.to_dict().get("auto_map", {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_classes:
         raise ValueError(
             f"model: {name!r} ({config.model_type}) has no causal language model class in transformers; "
             "pass a decoder-only model."

@@ -23,7 +23,8 @@ class UnlearningConfig(TrainingArguments):
         retain_tokens (`str`, defaults to `"all"`): Retain rows' positions that count, likewise.
         max_length (`int`, *optional*, defaults to `1024`): Tokens kept of a row, from its start.
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained` where the model is an id or
-            path. `dtype` is `"auto"` unless given.
+            path. `dtype` is `"auto"` unless given. `revision`, `trust_remote_code`, `token`, `cache_dir` and
+            `local_files_only` are the tokenizer's too.
         overwrite_output_dir (`bool`, defaults to `False`): Whether to write over an adapter in `output_dir`.
         forgotten (`str`, *optional*): For the model card: what is forgotten, in your own words, without a row or a
             name of the forget set. `push_to_hub` needs it.

@@ -62,6 +62,8 @@ from .unlearning_config import UnlearningConfig
 LAST_GOOD_NAME = "last_good_adapter"
 # The adapter where no `peft_config` is given: fields of `LoraConfig`.
 DEFAULT_LORA = {"r": 32, "lora_alpha": 64}
+# Of `model_init_kwargs`, those that say where a model's files are: its configuration and tokenizer lie there too.
+SOURCE = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
 # Settings that say nothing where the optimizer or the scheduler is given.
 OPTIMIZER = ("optim", "learning_rate", "weight_decay")
 SCHEDULER = ("lr_scheduler_type", "warmup_steps")
@@ -132,7 +134,7 @@ class UnlearningTrainer(Trainer):
         if is_path:
             _check_not_adapter(model)
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
-            source = {"revision": init_kwargs["revision"]} if "revision" in init_kwargs else {}
+            source = {name: init_kwargs[name] for name in SOURCE if name in init_kwargs}
             config, name = AutoConfig.from_pretrained(model, **source), model
         else:
             if quantization_config is not None or args.model_init_kwargs is not None:
