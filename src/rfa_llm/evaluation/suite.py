@@ -333,7 +333,8 @@ def _fluency(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rouge: dict, batch_size: int
 ) -> dict[str, dict]:
     """How well the greedy answers to the forget questions are written; perplexity under the model itself, its adapter
-    off, which is the target's where the adapter is what unlearning has trained."""
+    off, which is the target's where the adapter is what unlearning has trained. The closing token counts, also of an
+    answer that was cut before it."""
     rows = [{"question": row["input"], "answer": row["generation"]} for row in rouge["value_by_index"].values()]
     texts = [row["answer"] for row in rows]
     repeated = [fluency.repetition(text, 4) for text in texts]

@@ -43,7 +43,8 @@ class RivalConfig(UnlearningConfig):
         blocks (`list[int]`, *optional*): Decoder blocks whose output RMU (one) and circuit breakers (one or more)
             steer, from 0, negative from the end. By default block 7, or the last one of a shallower model, for RMU
             (the block of its paper and of OpenUnlearning), and those at 10/32 and 20/32 of the depth for circuit
-            breakers (layers 10 and 20 of 32 in their paper).
+            breakers (layers 10 and 20 of 32 in their paper; its code seems to count the embedding as layer 0, which
+            would make them the blocks before these).
         rmu_steering_coeff (`float`, defaults to `2.0`): Length c of RMU's target, positive (OpenUnlearning for TOFU;
             the paper's code has 6.5 with a retain weight of 1200 for Zephyr-7B).
         undial_strength (`float`, defaults to `10.0`): What UNDIAL takes off the answer's logits, positive
