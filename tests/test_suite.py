@@ -285,7 +285,7 @@ def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
         ({"mia_loss": {"forget": 2, "holdout": 2}}, "2 forget rows under mia_loss, but there are 3"),
         ({"mia_min_k": None}, "an AUC of None under mia_min_k"),
         ({"mia_min_k": 1.0}, "an AUC of 1.0 under mia_min_k"),
-        ({"forget_truth_ratio": [0.5, None, 0.5]}, "a 'score' in 'forget_truth_ratio' that is no number"),
+        ({"forget_truth_ratio": [0.5, None, 0.5]}, "retain log has a truth ratio that is not a number"),
     ],
 )
 def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring(tokenizer, sets, changed, message):

@@ -101,18 +101,20 @@ def forget_truth_ratios(log: dict, name: str) -> np.ndarray:
     key = next((key for key in FORGET_TRUTH_RATIO_KEYS if key in log), None)
     if key is not None:
         ratios = np.array(_column(log, key, "score", name), dtype=np.float64)
-        if np.isnan(ratios).any():
-            raise ValueError(f"{name} has a 'score' in {key!r} that is no number; give the log as it was written.")
-        return ratios
-    if "forget_Q_A_PARA_Prob" in log and "forget_Q_A_PERT_Prob" in log:
-        return truth_ratio(
+    elif "forget_Q_A_PARA_Prob" in log and "forget_Q_A_PERT_Prob" in log:
+        ratios = truth_ratio(
             _column(log, "forget_Q_A_PARA_Prob", "avg_loss", name),
             _column(log, "forget_Q_A_PERT_Prob", "avg_loss", name),
         )
-    raise ValueError(
-        f"{name} has no truth ratios of the forget set, neither 'forget_truth_ratio' nor 'forget_Q_A_PARA_Prob' with "
-        f"'forget_Q_A_PERT_Prob' (found {sorted(log)}); give the full log of a model trained on the retain set alone."
-    )
+    else:
+        raise ValueError(
+            f"{name} has no truth ratios of the forget set, neither 'forget_truth_ratio' nor 'forget_Q_A_PARA_Prob' "
+            f"with 'forget_Q_A_PERT_Prob' (found {sorted(log)}); give the full log of a model trained on the retain "
+            "set alone."
+        )
+    if np.isnan(ratios).any():
+        raise ValueError(f"{name} has a truth ratio that is not a number; evaluate the model again.")
+    return ratios
 
 
 def read_answers(log: dict) -> list[str]:

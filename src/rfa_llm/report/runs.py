@@ -79,7 +79,7 @@ def read_run(
         elif is_demo and own.is_file():
             paths[name] = own
     logs = {name: read_log(path, LOGS[name]) for name, path in paths.items()}
-    truth_ratios = {name: forget_truth_ratios(log, str(paths[name])) for name, log in logs.items()}
+    truth_ratios = {name: forget_truth_ratios(log, f"{LOGS[name]}: {paths[name]}") for name, log in logs.items()}
     _check(paths, logs, truth_ratios)
     name = folder.absolute().name
     return Run(name, receipt, _history(adapter / TRAINER_STATE_NAME, receipt), logs, truth_ratios)
@@ -105,10 +105,6 @@ def _history(path: Path, receipt: dict) -> list[dict]:
 def _check(paths: dict[str, Path], logs: dict[str, dict], truth_ratios: dict[str, np.ndarray]) -> None:
     """That the logs are of one forget set, and were scored against this retain-only model."""
     for name, ratios in truth_ratios.items():
-        if np.isnan(ratios).any():
-            raise ValueError(
-                f"{LOGS[name]}: {paths[name]} has a truth ratio that is not a number; evaluate the model again."
-            )
         first = next(iter(truth_ratios))
         if len(ratios) != len(truth_ratios[first]):
             raise ValueError(
