@@ -163,6 +163,11 @@ def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, f
         ("tofu800_rows_400_calibrated", "tofu800"),
         ("tofu800_rows_500", "tofu800"),
         ("tofu800_rows_660", "tofu800"),
+        ("tofu800_seeds", "tofu800"),
+        ("tofu800_rows_400_seeds", "tofu800"),
+        ("tofu800_rows_500_seeds", "tofu800"),
+        ("tofu800_rows_660_seeds", "tofu800"),
+        ("tofu800_rows_660_variants", "tofu800_rfa"),
         ("tofu800_rfa", "tofu800_rfa"),
     ],
 )
