@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import carry_over
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import learn_by_heart, tiny_llama, tiny_rows, tiny_tokenizer
@@ -306,3 +307,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         start = re.search(rf'<h[34] id="{named.__module__}.{named.__name__}"', api).end()
         section = re.split(r"<h[2-4] ", api[start:], maxsplit=1)[0]
         assert set(re.findall(r"<b><code>(\w+)</code></b>", section)) == names, named
+
+
+def test_the_tables_of_other_forget_sets_are_those_of_the_committed_results():
+    assert carry_over.tables() in (ROOT / "docs/benchmark.md").read_text(encoding="utf-8")

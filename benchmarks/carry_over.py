@@ -1,0 +1,130 @@
+"""The tables of docs/benchmark.md that say whether RFA carries over to other forget sets, from the committed results.
+
+    python benchmarks/carry_over.py
+
+Prints, for each way to stop, a row for each forget set and each dtype and machine that it was computed in: the median
+of the forget quality and the mean of all else over the seeds, with the least and the greatest. Utility is over the
+target's, scored in the same dtype on the same kind of machine: the mean of its scorings, since the question sets that
+it is of are the same for all four forget sets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+
+RESULTS = Path(__file__).parent / "results"
+# Where the runs of 100 steps at 2e-3 of each forget set are.
+FORGET_SETS = {
+    "the subset's own": ["tofu800_calibrated", "tofu800_seeds"],
+    "400 to 499": ["tofu800_rows_400_calibrated", "tofu800_rows_400_seeds"],
+    "500 to 599": ["tofu800_rows_500", "tofu800_rows_500_seeds"],
+    "660 to 759": ["tofu800_rows_660", "tofu800_rows_660_seeds"],
+}
+METHODS = {
+    "teacher_calibrated": 'With a teacher and `stop_at="calibrated"`',
+    "rfa": "By default, without a teacher",
+    "rfa_calibrated": 'Without a teacher, `stop_at="calibrated"`',
+}
+COLUMNS = [
+    *("forget rows", "computed in", "seeds", "forget quality", "utility / target's", "extraction strength"),
+    *("forget probability", "forget ROUGE", "retain ROUGE"),
+]
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def computed_in(result: dict) -> str:
+    return f"{result['dtype']}, {result['machine']['accelerator'] or 'CPU'}"
+
+
+def last(result: dict) -> dict:
+    return result["points"][-1]["summary"]
+
+
+def spread(values: Sequence[float], digits: str, middle: Callable = mean) -> str:
+    text = format(middle(values), digits)
+    return f"{text} ({min(values):{digits}} to {max(values):{digits}})" if len(values) > 1 else text
+
+
+def utilities(model: str) -> dict[str, list[float]]:
+    """The scorings of the target, in each dtype and machine, or of the retain-only models, beside these runs."""
+    found: dict[str, list[float]] = {}
+    for folders in FORGET_SETS.values():
+        for folder in folders:
+            result = read(RESULTS / folder / f"{model}.json")
+            found.setdefault(computed_in(result), []).append(last(result)["model_utility"])
+    return found
+
+
+def runs(method: str, folder: str) -> dict[str, list[dict]]:
+    """A method's results in a folder, by what they were computed in."""
+    found: dict[str, list[dict]] = {}
+    for file in sorted((RESULTS / folder).glob(f"{method}_lr0.002_seed*.json")):
+        result = read(file)
+        found.setdefault(computed_in(result), []).append(result)
+    return found
+
+
+def table(method: str, targets: dict[str, float]) -> list[str]:
+    """A method's rows, and what all its runs come to together, as lines of Markdown."""
+    lines = [f"{METHODS[method]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 6]
+    medians, all_shares = [], []
+    for rows, folders in FORGET_SETS.items():
+        of_set = []
+        for folder in folders:
+            retain_only = last(read(RESULTS / folder / "retain-only.json"))
+            for where, results in runs(method, folder).items():
+                scores = [last(result) for result in results]
+                qualities = [score["forget_quality"] for score in scores]
+                shares = [score["model_utility"] / targets[where] for score in scores]
+                of_set += qualities
+                all_shares += shares
+                cells = [
+                    f"{rows} ([table](../benchmarks/results/{folder}/table.md))",
+                    where,
+                    str(len(scores)),
+                    spread(qualities, ".2g", median),
+                    spread(shares, ".3f"),
+                ]
+                for name in ("extraction_strength", "forget_prob", "forget_rouge"):
+                    cells.append(f"{spread([score[name] for score in scores], '.3f')}; {retain_only[name]:.3f}")
+                cells.append(spread([score["retain_rouge"] for score in scores], ".3f"))
+                lines.append(f"| {' | '.join(cells)} |")
+        medians.append(format(median(of_set), ".2g"))
+    error = stdev(all_shares) / len(all_shares) ** 0.5
+    return [
+        *lines,
+        "",
+        f"All {len(all_shares)} runs: median forget quality {', '.join(medians)}; utility {mean(all_shares):.3f} of",
+        f"the target's in the mean (standard error {error:.3f}).",
+        "",
+    ]
+
+
+def tables() -> str:
+    """The tables, and what the retain-only models come to, as Markdown."""
+    scorings = utilities("target")
+    targets = {where: mean(values) for where, values in scorings.items()}
+    lines = [line for method in METHODS for line in table(method, targets)]
+    # A retain-only model is another one for each set; one scoring of each, over the target's in the same dtype.
+    retrained = []
+    for rows, (folder, *_) in FORGET_SETS.items():
+        result = read(RESULTS / folder / "retain-only.json")
+        retrained.append(f"{rows} {last(result)['model_utility'] / targets[computed_in(result)]:.3f}")
+    least, greatest = (format(choose(scorings["bfloat16, NVIDIA H200"]), ".3f") for choose in (min, max))
+    return "\n".join(
+        [
+            *lines,
+            f"The retain-only models' utility over the target's: {', '.join(retrained)}.",
+            f"The target's own, in four scorings on the H200: {least} to {greatest}.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(tables())
