@@ -212,6 +212,16 @@ def test_a_result_of_an_earlier_version_is_named(name, lost, message, finished, 
         benchmark(arguments(folder, finished, results_dir=str(results)))
 
 
+@pytest.mark.parametrize("holdout, level", [(False, "goal_answer_loss"), (True, "retrained_answer_loss")])
+def test_a_teacher_gets_holdout_rows_where_they_are_asked_for(holdout, level, finished, folder, tmp_path):
+    models, data = finished / "models", str(folder / "data")
+    settings = {"teacher": str(models / "retain"), "stop_at": "calibrated", "holdout": holdout, "use_cpu": True}
+    run = Run("x", {"trainer": "rfa", **settings}, 1e-3, 0, 1, 1, "rows", {})
+    sets = load_tofu("forget", data), load_tofu("retain", data)
+    trainer = runs.make_trainer(run, str(models / "target"), *sets, tiny_rows(4, first=60), str(tmp_path / "run"))
+    assert level in trainer.train().metrics
+
+
 @pytest.mark.parametrize("interrupted_at", [0, 1])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_path, monkeypatch, interrupted_at):
     settings = {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}
@@ -369,6 +379,10 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
             {"methods": {"rfa": {"trainer": "rfa", "stop_at": "calibrated"}}},
             "holdout_dataset: none is given, and 'rfa' has stop_at='calibrated' and no teacher",
         ),
+        (
+            {"methods": {"rfa": {"trainer": "rfa", "teacher": "t", "stop_at": "calibrated", "holdout": True}}},
+            "holdout_dataset: none is given, and 'rfa' has stop_at='calibrated' and holdout",
+        ),
         ({"only": ["nop"]}, r"only: \['nop'\] are not among the methods"),
         ({"points": 3}, "points: 3 does not divide max_steps=4"),
         ({"seeds": []}, "learning_rates, seeds: both need at least one"),
@@ -391,6 +405,7 @@ def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
     [
         ({"trainer": "npoo"}, "trainer: 'npoo' is not known; use 'rfa' or one of"),
         ({"trainer": "npo", "alpha": 2.0}, "methods: 'x' has 'alpha', which is no field of RivalConfig"),
+        ({"trainer": "rfa", "holdout": True}, "methods: 'x' has holdout, but no stop_at"),
         ({"trainer": "rfa", "max_steps": 2}, "methods: 'x' has 'max_steps', which the comparison sets by itself"),
         ({"trainer": "rfa", "alpha": "2e0"}, "methods: 'x' has 'alpha' as the text '2e0'; YAML sees a number where"),
         ({"trainer": "rfa", "learning_rates": ["1e-3"]}, "learning_rates: '1e-3' is no number with a dot"),

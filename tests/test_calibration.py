@@ -246,15 +246,32 @@ def test_with_a_teacher_the_level_is_that_of_the_shifted_features(
     assert metrics["forget_answer_loss"] == pytest.approx(fmean(losses), rel=0.02)
 
 
+def test_a_teacher_and_a_holdout_set_estimate_a_retrained_models_loss(
+    knowing, make_trainer, tokenizer, forget, tmp_path
+):
+    teacher = tiny_llama()
+    for name, model in (("model", knowing), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+    # The level reads no features, so the last block need not be aligned.
+    config = {"shift": "ignorant", "teacher": str(tmp_path / "teacher"), "blocks": [1, 2], "next_token_weight": 0.0}
+    trainer = make_trainer({**CONFIG, **config}, model=str(tmp_path / "model"), holdout_dataset=HOLDOUT)
+    metrics = trainer.train().metrics
+    added = naive_loss(knowing, tokenizer, HOLDOUT) - naive_loss(teacher, tokenizer, HOLDOUT)
+    expected = naive_loss(teacher, tokenizer, forget) + added
+    assert abs(added) > 0.05
+    assert metrics["retrained_answer_loss"] == pytest.approx(expected, rel=1e-5)
+    # Other holdout rows are not answered from the file of these.
+    other = make_trainer({**CONFIG, **config}, model=str(tmp_path / "model"), holdout_dataset=tiny_rows(4, first=60))
+    assert other._teacher.name != trainer._teacher.name
+
+
 def test_what_cannot_be_scaled_or_read_is_refused(make_trainer, saved_llama, tmp_path):
     with pytest.raises(ValueError, match="^stop_at: 'calibrated' scales a LoRA adapter .* or pass a LoraConfig"):
         ia3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
         make_trainer(CONFIG, peft_config=ia3, holdout_dataset=HOLDOUT)
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
     config = {**CONFIG, "shift": "ignorant", "teacher": str(tmp_path / "teacher")}
-    with pytest.raises(ValueError, match="^holdout_dataset: one is given beside a teacher, .*; leave it out"):
-        make_trainer(config, model=saved_llama, holdout_dataset=HOLDOUT)
-    with pytest.raises(ValueError, match="^stop_at: .* but blocks ends with 2 of 4; align block -1 too"):
+    with pytest.raises(ValueError, match="^stop_at: .* but blocks ends with 2 of 4; align block -1 too, or give a"):
         make_trainer({**config, "next_token_weight": 0.0, "blocks": [1, 2]}, model=saved_llama)
 
 

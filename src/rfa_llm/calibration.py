@@ -35,6 +35,8 @@ TOLERANCE = 0.02
 MENDS = {
     "holdout_answer_loss": "give a holdout_dataset of the forget set's kind that the model never saw",
     "goal_answer_loss": "give the teacher from before the fine-tuning on the forget set",
+    "retrained_answer_loss": "give the teacher from before the fine-tuning on the forget set, and a holdout_dataset "
+    "of the forget set's kind that neither model saw",
 }
 
 
@@ -181,8 +183,12 @@ def final_look(state: TrainerState) -> dict[str, float] | None:
     return looks[-1] if looks else None
 
 
-def mean_answer_loss(model: nn.Module, rows: Dataset, batch_size: int, device: torch.device, desc: str) -> float:
+def answer_loss(model: nn.Module, rows: Dataset, batch_size: int, desc: str) -> float:
     """Mean over rows of the answer's loss, nats per token, over at most `LOOK_ROWS` encoded rows of a set."""
     scores = encoded_answer_scores(model, list(spread(rows, LOOK_ROWS)), batch_size, moments=False, desc=desc)
-    # One number for all processes, or one of them might stop alone.
-    return reduce(torch.tensor(fmean(score.loss for score in scores), device=device), "mean").item()
+    return fmean(score.loss for score in scores)
+
+
+def mean_answer_loss(model: nn.Module, rows: Dataset, batch_size: int, device: torch.device, desc: str) -> float:
+    """`answer_loss` as one number for all processes, or one of them might stop alone."""
+    return reduce(torch.tensor(answer_loss(model, rows, batch_size, desc), device=device), "mean").item()

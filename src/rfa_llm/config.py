@@ -58,9 +58,11 @@ class RFAConfig(UnlearningConfig):
         mean_rows (`int`, defaults to `256`): Retain rows over which `mean` takes its mean, and the style correction
             its maps.
         stop_at (`str`, *optional*): `"calibrated"` ends the training when the forget set's answers are as unlikely
-            as the teacher's shift would make them, or without a teacher those of a holdout set, which the model never
-            saw, and scales the adapter so that they are just that (`rfa_llm.calibration`). By default the training
-            ends after `num_train_epochs` or `max_steps`, which otherwise are the most that it takes.
+            as ignorance would make them, and scales the adapter so that they are just that (`rfa_llm.calibration`):
+            as unlikely as those of a holdout set, which the model never saw; with a teacher, as for a model that was
+            fine-tuned without them, estimated from the holdout set, or where there is none as the teacher's shift
+            would make them. By default the training ends after `num_train_epochs` or `max_steps`, which otherwise are
+            the most that it takes.
         calibration_steps (`int`, defaults to `10`): Steps between two looks at the forget set's answers.
 
     Raises:

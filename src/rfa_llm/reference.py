@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
 
 from .adapters import adapter_off
 from .blocks import find_blocks
+from .calibration import answer_loss
 from .feature_cache import FeatureRows, batches, join, row_features, save_whole
 from .residuals import block_features
 
@@ -226,13 +228,21 @@ def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) ->
 
 
 def teacher_features_path(
-    output_dir: str, teacher: str, dtype: str, aligned: Sequence[int], forget: Dataset, retain: Dataset, tokens: str
+    output_dir: str,
+    teacher: str,
+    dtype: str,
+    aligned: Sequence[int],
+    forget: Dataset,
+    retain: Dataset,
+    holdout: Dataset | None,
+    tokens: str,
 ) -> Path:
     """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
     # A local teacher may be trained again under the same name.
     weights = sorted(file for file in Path(teacher).glob("*") if file.suffix in (".safetensors", ".bin"))
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-    inputs = [rows[column][:] for rows in (forget, retain) for column in ("input_ids", "answer_start")]
+    sets = (forget, retain) if holdout is None else (forget, retain, holdout)
+    inputs = [rows[column][:] for rows in sets for column in ("input_ids", "answer_start")]
     # What the file holds is part of its name, so that one of an earlier version is not read.
     fingerprint = json.dumps(["forget and retain rows", teacher, files, str(dtype), list(aligned), tokens, inputs])
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -246,6 +256,7 @@ def write_teacher_features(
     aligned: Sequence[int],
     forget: Dataset,
     retain: Dataset,
+    holdout: Dataset | None,
     tokens: str,
     pad_token_id: int,
     batch_size: int,
@@ -256,13 +267,15 @@ def write_teacher_features(
 
     The file holds, for each aligned block, the features of the tokens that count of the forget rows and then of the
     retain rows (`block_{b}` `[all tokens, hidden]`, the teacher's dtype), and where each row begins (`offsets`
-    `[rows + 1]`). It appears whole or not at all.
+    `[rows + 1]`); with a holdout set also the teacher's mean answer losses on the forget and the holdout set
+    (`answer_losses` `[2]`, nats per token). It appears whole or not at all.
 
     Args:
         path: From `teacher_features_path`.
         teacher: Model id or path of the checkpoint from before the fine-tuning.
         aligned: Aligned block indices.
         forget, retain: Encoded sets; `retain` holds the rows that `fit_style` is to see.
+        holdout: Encoded rows of the forget set's kind that neither model saw, or none.
         tokens: Which positions count, `"answer"` or `"all"`.
         pad_token_id, batch_size, device, model_init_kwargs: How to run the teacher.
     """
@@ -273,6 +286,10 @@ def write_teacher_features(
         forget_batches = batches(forget, tokens, pad_token_id, batch_size, "Teacher on the forget set")
         retain_batches = batches(retain, tokens, pad_token_id, batch_size, "Teacher on the retain set")
         tensors = row_features(run, chain(forget_batches, retain_batches), aligned, device)
+        if holdout is not None:
+            sets = {"forget": forget, "holdout": holdout}
+            losses = [answer_loss(model, rows, batch_size, f"Teacher, {name}: losses") for name, rows in sets.items()]
+            tensors["answer_losses"] = torch.tensor(losses, dtype=torch.float64)
     del model, blocks, run
     gc.collect()
     if device.type == "cuda":
@@ -293,7 +310,7 @@ class TeacherFeatures:
     """
 
     def __init__(self, path: Path, aligned: Sequence[int], num_forget: int):
-        self.name = path.stem
+        self.name, self._path = path.stem, path
         self._features, self._num_forget = FeatureRows(path, aligned), num_forget
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
@@ -303,3 +320,8 @@ class TeacherFeatures:
     def retain_rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these retain rows' counted tokens, likewise."""
         return self.rows([self._num_forget + index for index in indices])
+
+    def answer_losses(self) -> list[float]:
+        """The teacher's mean answer losses on the forget and the holdout set, nats per token, where there is one."""
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor("answer_losses").tolist()

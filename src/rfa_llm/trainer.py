@@ -73,8 +73,8 @@ class RFATrainer(UnlearningTrainer):
         forget_dataset (`str` or [`~datasets.Dataset`]): What to forget: rows, a .jsonl, .json, .csv or .parquet
             file, or a Hub id, in one of the formats of `rfa_llm.data.formats`.
         retain_dataset (`str` or [`~datasets.Dataset`]): What to keep, likewise.
-        holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"` without a teacher:
-            rows of the forget set's kind that the model never saw.
+        holdout_dataset (`str` or [`~datasets.Dataset`], *optional*): For `stop_at="calibrated"`: rows of the forget
+            set's kind that the model never saw, nor the teacher. Without a teacher it is required.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; by default the
             model's own.
         shift (`Callable`, *optional*): A shift of your own, `(reference [n, hidden], block) -> [n, hidden]`, in the
@@ -144,18 +144,14 @@ class RFATrainer(UnlearningTrainer):
                 f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0 "
                 "(with a teacher it is 1 by default)."
             )
-        if args.stop_at is not None and self._has_teacher(args):
-            if self._holdout_dataset is not None:
-                raise ValueError(
-                    "holdout_dataset: one is given beside a teacher, which says what ignorance is by itself; leave it "
-                    "out."
-                )
-            if self.aligned[-1] != num_blocks(config) - 1:
-                raise ValueError(
-                    f"stop_at: {args.stop_at!r} with a teacher reads answers from the last block's shifted features, "
-                    f"but blocks ends with {self.aligned[-1]} of {num_blocks(config)}; align block -1 too."
-                )
-        elif (self._holdout_dataset is None) != (args.stop_at is None):
+        reads_goal = args.stop_at is not None and self._holdout_dataset is None and self._has_teacher(args)
+        if reads_goal and self.aligned[-1] != num_blocks(config) - 1:
+            raise ValueError(
+                f"stop_at: {args.stop_at!r} with a teacher alone reads answers from the last block's shifted "
+                f"features, but blocks ends with {self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or "
+                "give a holdout_dataset."
+            )
+        if (self._holdout_dataset is None) != (args.stop_at is None) and not reads_goal:
             raise ValueError(
                 f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
                 f"{args.stop_at!r}; stop_at='calibrated' needs rows that the model never saw, unless shift='ignorant' "
@@ -168,13 +164,15 @@ class RFATrainer(UnlearningTrainer):
     def _make_pairs(self, args, forget, retain, forget_rows, processing_class):
         if args.stop_at is not None:
             level, name = self._goal_answer_loss, "goal_answer_loss"
-            if not self._has_teacher(args):
+            if self._holdout_dataset is not None:
                 rows = load_rows(self._holdout_dataset, "holdout_dataset")
                 self._holdout = prepare(rows, processing_class, "holdout_dataset", args.max_length)
                 check_disjoint(self._holdout, forget, "holdout_dataset", "forget_dataset")
                 check_disjoint(self._holdout, retain, "holdout_dataset", "retain_dataset")
                 self._holdout_digest = digest(json.dumps(self._holdout["input_ids"][:]))
                 level, name = self._holdout_answer_loss, "holdout_answer_loss"
+                if self._has_teacher(args):
+                    level, name = self._retrained_answer_loss, "retrained_answer_loss"
             self._calibration = StopWhenCalibrated(
                 forget, level, name, args.calibration_steps, 2 * args.per_device_train_batch_size
             )
@@ -394,6 +392,12 @@ class RFATrainer(UnlearningTrainer):
         with adapter_off(model):
             return mean_answer_loss(model, self._holdout, batch_size, self.args.device, "holdout: losses")
 
+    def _retrained_answer_loss(self, model: nn.Module) -> float:
+        """Estimate of the forget answers' mean loss for a model that was fine-tuned without them: the teacher's, and
+        what the fine-tuning added to it on rows that were not part of it."""
+        forget, holdout = self._teacher.answer_losses()
+        return forget + self._holdout_answer_loss(model) - holdout
+
     def _goal_answer_loss(self, model: nn.Module) -> float:
         """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""
         if self._shift_vectors is None:
@@ -589,6 +593,7 @@ class RFATrainer(UnlearningTrainer):
             self.aligned,
             forget,
             self._mean_rows,
+            self._holdout,
             args.forget_tokens,
         )
         with PartialState().main_process_first(), _loaded_whole(args):
@@ -599,6 +604,7 @@ class RFATrainer(UnlearningTrainer):
                     self.aligned,
                     forget,
                     self._mean_rows,
+                    self._holdout,
                     args.forget_tokens,
                     pad_token_id,
                     2 * args.per_device_train_batch_size,

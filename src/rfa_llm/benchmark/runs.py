@@ -44,7 +44,8 @@ class Run:
     Args:
         method: its name in the table.
         settings: `trainer`, "rfa" or a name of `rfa_llm.rivals.RIVALS`, fields of `RFAConfig` or `RivalConfig`, and
-            `lora`, a dict of `LoraConfig`'s fields where the adapter is not the default one.
+            `lora`, a dict of `LoraConfig`'s fields where the adapter is not the default one; for RFA with a teacher
+            also `holdout`, whether `stop_at` is to see holdout rows.
         learning_rate: peak learning rate.
         seed: of the adapter's first weights, the order of rows, and the pairs.
         max_steps: steps of training.
@@ -250,7 +251,8 @@ def train_and_score(
         run: what to train.
         model: path of the target.
         forget, retain: the sets to train on.
-        holdout: rows that the target never saw, for a run with `stop_at` and without a teacher.
+        holdout: rows that the target never saw, for a run with `stop_at`; with a teacher only where its settings have
+            `holdout`.
         sets: the questions, as `evaluate_tofu` takes them.
         result: where the result goes.
         folder: where checkpoints and points lie until the result is written; the last adapter stays there.
@@ -308,7 +310,7 @@ def make_trainer(
     if lora is not None:
         given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if isinstance(args, RFAConfig):
-        needs_holdout = args.stop_at is not None and args.teacher is None
+        needs_holdout = args.stop_at is not None and (args.teacher is None or run.settings.get("holdout", False))
         return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if needs_holdout else {}))
     return RIVALS[args.method](model, args, **given)
 
@@ -318,6 +320,8 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
     settings = dict(run.settings)
     name = settings.pop("trainer")
     lora = settings.pop("lora", None)
+    if name == "rfa" and settings.pop("holdout", False) and settings.get("stop_at") is None:
+        raise ValueError(f"methods: {run.method!r} has holdout, but no stop_at, which alone needs it; leave it out.")
     common = {
         "output_dir": output_dir,
         "learning_rate": run.learning_rate,

@@ -115,11 +115,11 @@ class BenchmarkArguments:
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
             whole = {**(self.training or {}), **settings}
-            needs_holdout = whole.get("stop_at") is not None and whole.get("teacher") is None
-            if needs_holdout and self.holdout_dataset is None:
+            without_one = whole.get("teacher") is not None and not whole.get("holdout", False)
+            if whole.get("stop_at") is not None and not without_one and self.holdout_dataset is None:
                 raise ValueError(
-                    f"holdout_dataset: none is given, and {name!r} has stop_at={whole['stop_at']!r} and no "
-                    "teacher; give rows that no model saw."
+                    f"holdout_dataset: none is given, and {name!r} has stop_at={whole['stop_at']!r} and "
+                    f"{'holdout' if whole.get('holdout') else 'no teacher'}; give rows that no model saw."
                 )
         unknown = sorted(set(self.only or ()) - set(self.methods))
         if unknown:

@@ -27,7 +27,7 @@ class UnlearnArguments:
     retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise. Required."})
     holdout_dataset: str | None = field(
         default=None,
-        metadata={"help": "Rows like the forget set's that the model never saw, for --stop_at without --teacher."},
+        metadata={"help": "Rows like the forget set's that the model never saw, for --stop_at."},
     )
     forget_config: str | None = field(
         default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
