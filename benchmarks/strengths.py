@@ -60,7 +60,7 @@ def main() -> None:
     questions = load_tofu("forget_perturbed", args.data_dir)
     full = load_rows(args.full, "full")
     new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), full, full)
-    new = new.shuffle(seed=0, keep_in_memory=True).select(range(HOLDOUT_ROWS))
+    new = new.shuffle(seed=0, keep_in_memory=True).select(range(min(HOLDOUT_ROWS, len(new))))
     pairs = [
         {"question": q["question"], "answer": q[which]}
         for which in ("answer", "paraphrased_answer")

@@ -19,7 +19,7 @@ ALLOWED = {
     "adapters": {"memory"},
     "evaluation": {"evaluation", "data.formats", "adapters"},
     "feature_cache": {"data"},
-    "reference": {"adapters", "blocks", "residuals", "feature_cache"},
+    "reference": {"adapters", "blocks", "residuals", "feature_cache", "calibration"},
     "memory": set(),
     "checkpoints": {"unlearning_config", "memory"},
     "receipt": {"checkpoints", "data.formats", "evaluation", "unlearning_config"},
