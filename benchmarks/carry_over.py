@@ -51,13 +51,13 @@ def spread(values: Sequence[float], digits: str, middle: Callable = mean) -> str
     return f"{text} ({min(values):{digits}} to {max(values):{digits}})" if len(values) > 1 else text
 
 
-def utilities(model: str) -> dict[str, list[float]]:
-    """The scorings of the target, in each dtype and machine, or of the retain-only models, beside these runs."""
-    found: dict[str, list[float]] = {}
+def target_utilities() -> dict[str, set[float]]:
+    """The target's scorings beside these runs, by dtype and machine; one of them may lie in several folders."""
+    found: dict[str, set[float]] = {}
     for folders in FORGET_SETS.values():
         for folder in folders:
-            result = read(RESULTS / folder / f"{model}.json")
-            found.setdefault(computed_in(result), []).append(last(result)["model_utility"])
+            result = read(RESULTS / folder / "target.json")
+            found.setdefault(computed_in(result), set()).add(last(result)["model_utility"])
     return found
 
 
@@ -108,7 +108,7 @@ def table(method: str, targets: dict[str, float]) -> list[str]:
 
 def tables() -> str:
     """The tables, and what the retain-only models come to, as Markdown."""
-    scorings = utilities("target")
+    scorings = target_utilities()
     targets = {where: mean(values) for where, values in scorings.items()}
     lines = [line for method in METHODS for line in table(method, targets)]
     # A retain-only model is another one for each set; one scoring of each, over the target's in the same dtype.
@@ -116,12 +116,12 @@ def tables() -> str:
     for rows, (folder, *_) in FORGET_SETS.items():
         result = read(RESULTS / folder / "retain-only.json")
         retrained.append(f"{rows} {last(result)['model_utility'] / targets[computed_in(result)]:.3f}")
-    least, greatest = (format(choose(scorings["bfloat16, NVIDIA H200"]), ".3f") for choose in (min, max))
+    of_target = scorings["bfloat16, NVIDIA H200"]
     return "\n".join(
         [
             *lines,
             f"The retain-only models' utility over the target's: {', '.join(retrained)}.",
-            f"The target's own, in four scorings on the H200: {least} to {greatest}.",
+            f"The target's own, in {len(of_target)} scorings on H200s: {min(of_target):.3f} to {max(of_target):.3f}.",
         ]
     )
 

@@ -167,7 +167,7 @@ def test_nothing_finished_is_repeated_and_other_settings_are_refused(finished, f
         ("tofu800_rows_400_seeds", "tofu800"),
         ("tofu800_rows_500_seeds", "tofu800"),
         ("tofu800_rows_660_seeds", "tofu800"),
-        ("tofu800_rows_660_variants", "tofu800_rfa"),
+        ("tofu800_rows_660_variants", "tofu800_variants"),
         ("tofu800_rfa", "tofu800_rfa"),
     ],
 )

@@ -203,7 +203,9 @@ def test_every_shift_under_every_mode(mode, shift, folder, tmp_path):
     "mode",
     ["fsdp2", "zero3", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("level", ["holdout", pytest.param("goal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "level", ["holdout", *(pytest.param(n, marks=pytest.mark.slow) for n in ("goal", "retrained"))]
+)
 def test_looks_at_the_answers_and_the_scale_are_the_same_everywhere(level, mode, folder, tmp_path):
     settings = {"stop_at": "calibrated", "calibration_steps": 2, "forget_dataset": folder / "familiar.jsonl"}
     if level == "holdout":
@@ -211,6 +213,8 @@ def test_looks_at_the_answers_and_the_scale_are_the_same_everywhere(level, mode,
         settings |= {"holdout_dataset": folder / "holdout.jsonl", "blocks": 2}
     else:
         settings["shift"] = "ignorant"
+    if level == "retrained":
+        settings["holdout_dataset"] = folder / "holdout.jsonl"
     alone = one_process(folder, tmp_path / "alone", **settings)
     both = two_processes(mode, folder, tmp_path / "both", tmp_path / "tmp", **settings)
     ours, theirs = (
@@ -221,7 +225,7 @@ def test_looks_at_the_answers_and_the_scale_are_the_same_everywhere(level, mode,
         ]
         for path in (both, alone)
     )
-    assert len(ours) > 1 or level == "goal"
+    assert len(ours) > 1 or level != "holdout"
     assert ours[-1][-1] != 1
     for our, their in zip(ours, theirs, strict=True):
         assert our == pytest.approx(their, rel=1e-5)

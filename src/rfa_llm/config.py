@@ -151,8 +151,9 @@ class RFAConfig(UnlearningConfig):
     stop_at: str | None = field(
         default=None,
         metadata={
-            "help": "calibrated: end when the forget set's answers are as unlikely as a holdout set's, or with a "
-            "teacher as for a model that never saw them, and scale the adapter so that they are just that.",
+            "help": "calibrated: end when the forget set's answers are as unlikely as a holdout set's, as the "
+            "teacher's shift would make them, or with both as for a model that never saw them, and scale the adapter "
+            "to just that.",
             "choices": ["calibrated"],
         },
     )

@@ -396,7 +396,9 @@ class RFATrainer(UnlearningTrainer):
         """Estimate of the forget answers' mean loss for a model that was fine-tuned without them: the teacher's, and
         what the fine-tuning added to it on rows that were not part of it."""
         forget, holdout = self._teacher.answer_losses()
-        return forget + self._holdout_answer_loss(model) - holdout
+        # Each machine may have run the teacher for itself.
+        difference = reduce(torch.tensor(forget - holdout, device=self.args.device), "mean").item()
+        return difference + self._holdout_answer_loss(model)
 
     def _goal_answer_loss(self, model: nn.Module) -> float:
         """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""

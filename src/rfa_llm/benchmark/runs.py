@@ -200,7 +200,8 @@ def identity(run: Run) -> dict[str, dict]:
     lora = DEFAULT_LORA if lora is None else lora
     adapter = LoraConfig(**lora)
     in_full["lora"] = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout, **lora}
-    asked = {**vars(run), "settings": dict(run.settings), "scored": dict(run.scored)}
+    settings = {name: value for name, value in run.settings.items() if (name, value) != ("holdout", False)}
+    asked = {**vars(run), "settings": settings, "scored": dict(run.scored)}
     # As it is read again.
     return json.loads(json.dumps({"run": asked, "in_full": in_full}))
 
@@ -311,6 +312,8 @@ def make_trainer(
         given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if isinstance(args, RFAConfig):
         needs_holdout = args.stop_at is not None and (args.teacher is None or run.settings.get("holdout", False))
+        if needs_holdout and holdout is None:
+            raise ValueError(f"holdout: {run.method!r} is to see holdout rows, and none are given; give some.")
         return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if needs_holdout else {}))
     return RIVALS[args.method](model, args, **given)
 
