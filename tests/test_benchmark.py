@@ -220,6 +220,13 @@ def test_a_teacher_gets_holdout_rows_where_they_are_asked_for(holdout, level, fi
     sets = load_tofu("forget", data), load_tofu("retain", data)
     trainer = runs.make_trainer(run, str(models / "target"), *sets, tiny_rows(4, first=60), str(tmp_path / "run"))
     assert level in trainer.train().metrics
+    if holdout:
+        with pytest.raises(ValueError, match="holdout: 'x' is to see holdout rows, and none are given"):
+            runs.make_trainer(run, str(models / "target"), *sets, None, str(tmp_path / "run"))
+    else:
+        # What is the default makes no other run.
+        without = {name: value for name, value in run.settings.items() if name != "holdout"}
+        assert runs.identity(run) == runs.identity(replace(run, settings=without))
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1])
