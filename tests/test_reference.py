@@ -167,7 +167,7 @@ def write(path, teacher, sets, batch_size=4, **init_kwargs):
     forget, retain = sets
     device = torch.device("cpu")
     write_teacher_features(
-        path, teacher, ALIGNED, forget, retain.select(range(7)), "answer", 0, batch_size, device, init_kwargs
+        path, teacher, ALIGNED, forget, retain.select(range(7)), None, "answer", 0, batch_size, device, init_kwargs
     )
 
 
@@ -234,7 +234,7 @@ def test_another_split_of_the_same_tokens_has_features_of_its_own(sets):
 
     forget, retain = sets
     paths = {
-        teacher_features_path("out", "teacher", "auto", ALIGNED, *both, "answer")
+        teacher_features_path("out", "teacher", "auto", ALIGNED, *both, None, "answer")
         for both in ((forget, retain), (moved(forget), retain), (forget, moved(retain)))
     }
     assert len(paths) == 3
