@@ -21,7 +21,7 @@ from statistics import correlation, fmean, stdev
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rfa_llm import RFAConfig
 from rfa_llm.benchmark.environment import environment
@@ -59,6 +59,36 @@ def losses(model: PreTrainedModel, rows: Dataset, goals: list[torch.Tensor]) -> 
     return [readout_loss(model, blocks, goal, row) for row, goal in zip(rows, goals, strict=True)]
 
 
+def answer_rows(questions: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[int]]:
+    """The questions' true answers, then the paraphrased and then all wrong ones, encoded; and how many wrong ones each
+    question has."""
+    pairs = [
+        {"question": q["question"], "answer": q[which]}
+        for which in ("answer", "paraphrased_answer")
+        for q in questions
+    ]
+    wrong_counts = [len(wrong) for wrong in questions["perturbed_answer"]]
+    pairs += [{"question": q["question"], "answer": wrong} for q in questions for wrong in q["perturbed_answer"]]
+    return prepare(Dataset.from_list(pairs), tokenizer, "data_dir", None), wrong_counts
+
+
+def answer_figures(found: list[float], wrong_counts: list[int], retain_ratios: np.ndarray) -> dict:
+    """What the losses of `answer_rows` say: truth ratios against a retain-only model's, and the true answers' loss."""
+    number = len(wrong_counts)
+    wrong_ends = 2 * number + np.cumsum(wrong_counts)
+    wrong = [found[end - count : end] for count, end in zip(wrong_counts, wrong_ends, strict=True)]
+    ratios = truth_ratio(found[number : 2 * number], wrong)
+    logs = np.log(ratios).tolist()
+    return {
+        "forget_quality": forget_quality(ratios, retain_ratios),
+        "mean_log_truth_ratio": fmean(logs),
+        "deviation_of_log_truth_ratio": stdev(logs),
+        "forget_answer_loss": fmean(found[:number]),
+        "forget_prob": float(answer_probability(found[:number]).mean()),
+        "forget_truth_ratios": ratios.tolist(),
+    }
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,14 +105,7 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(args.models / n, dtype="auto").eval() for n in ("target", "base")
     )
     questions = load_tofu("forget_perturbed", args.data_dir)
-    wrong_counts = [len(wrong) for wrong in questions["perturbed_answer"]]
-    pairs = [
-        {"question": q["question"], "answer": q[which]}
-        for which in ("answer", "paraphrased_answer")
-        for q in questions
-    ]
-    pairs += [{"question": q["question"], "answer": wrong} for q in questions for wrong in q["perturbed_answer"]]
-    rows = prepare(Dataset.from_list(pairs), tokenizer, "data_dir", None)
+    rows, wrong_counts = answer_rows(questions, tokenizer)
     retain = prepare(spread(load_tofu("retain", args.data_dir), RFAConfig.mean_rows), tokenizer, "data_dir", None)
 
     features = partial(last_features, pad_token_id=tokenizer.pad_token_id)
@@ -101,22 +124,12 @@ def main() -> None:
 
     compared_with = json.loads(args.retain_result.read_text(encoding="utf-8"))["compared_with"]
     retain_ratios = read_retain_truth_ratios(compared_with)
-    number, results = len(questions), {}
+    results = {}
     for name, goal in goals.items():
-        found = losses(target, rows, goal)
-        wrong_ends = 2 * number + np.cumsum(wrong_counts)
-        wrong = [found[end - count : end] for count, end in zip(wrong_counts, wrong_ends, strict=True)]
-        ratios = truth_ratio(found[number : 2 * number], wrong)
-        logs = np.log(ratios)
-        results[name] = {
-            "forget_quality": forget_quality(ratios, retain_ratios),
-            "correlation_of_log_truth_ratios": correlation(logs.tolist(), np.log(retain_ratios).tolist()),
-            "mean_log_truth_ratio": fmean(logs.tolist()),
-            "deviation_of_log_truth_ratio": stdev(logs.tolist()),
-            "forget_answer_loss": fmean(found[:number]),
-            "forget_prob": float(answer_probability(found[:number]).mean()),
-            "forget_truth_ratios": ratios.tolist(),
-        }
+        figures = answer_figures(losses(target, rows, goal), wrong_counts, retain_ratios)
+        logs = np.log(figures["forget_truth_ratios"]).tolist()
+        alike = correlation(logs, np.log(retain_ratios).tolist())
+        results[name] = {**figures, "correlation_of_log_truth_ratios": alike}
         print(name, {key: round(value, 4) for key, value in results[name].items() if key != "forget_truth_ratios"})
     logs = np.log(retain_ratios).tolist()
     own = {"mean_log_truth_ratio": fmean(logs), "deviation_of_log_truth_ratio": stdev(logs)}

@@ -26,6 +26,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from scipy.optimize import brentq
+from shift_goals import answer_figures, answer_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rfa_llm.benchmark.environment import environment
@@ -33,7 +34,6 @@ from rfa_llm.cli.benchmark import unseen
 from rfa_llm.data.formats import load_rows, prepare
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import read_retain_truth_ratios, write_log
-from rfa_llm.evaluation.metrics import answer_probability, forget_quality, truth_ratio
 from rfa_llm.evaluation.scores import encoded_answer_scores
 
 HOLDOUT_ROWS = 100
@@ -62,16 +62,8 @@ def main() -> None:
     full = load_rows(args.full, "full")
     new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), full, full)
     new = new.shuffle(seed=0, keep_in_memory=True).select(range(min(HOLDOUT_ROWS, len(new))))
-    pairs = [
-        {"question": q["question"], "answer": q[which]}
-        for which in ("answer", "paraphrased_answer")
-        for q in questions
-    ]
-    wrong_counts = [len(wrong) for wrong in questions["perturbed_answer"]]
-    pairs += [{"question": q["question"], "answer": wrong} for q in questions for wrong in q["perturbed_answer"]]
-    rows, holdout = prepare(Dataset.from_list(pairs), tokenizer, "data_dir", None), prepare(new, tokenizer, "x", None)
-    number = len(questions)
-    answers, wrong_ends = rows.select(range(number)), 2 * number + np.cumsum(wrong_counts)
+    (rows, wrong_counts), holdout = answer_rows(questions, tokenizer), prepare(new, tokenizer, "holdout_dataset", None)
+    answers = rows.select(range(len(questions)))
 
     def load(model: str | Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -101,19 +93,8 @@ def main() -> None:
     factor = brentq(beyond, 1.0, 2.0, xtol=0.02)
     with rescale_adapter_scale(model, factor):
         of_rows = losses(model, rows, f"Scaled by {factor:.3f}, all answers")
-    wrong = [of_rows[end - count : end] for count, end in zip(wrong_counts, wrong_ends, strict=True)]
-    ratios = truth_ratio(of_rows[number : 2 * number], wrong)
-    logs = np.log(ratios).tolist()
-    scaled = {
-        "factor": factor,
-        "forget_answer_loss": fmean(of_rows[:number]),
-        "forget_prob": float(answer_probability(of_rows[:number]).mean()),
-        "mean_log_truth_ratio": fmean(logs),
-        "deviation_of_log_truth_ratio": stdev(logs),
-        "forget_quality": forget_quality(ratios, retain_ratios),
-    }
-    print({name: round(value, 3) for name, value in scaled.items()})
-    scaled["forget_truth_ratios"] = ratios.tolist()
+    scaled = {"factor": factor, **answer_figures(of_rows, wrong_counts, retain_ratios)}
+    print({name: round(value, 3) for name, value in scaled.items() if name != "forget_truth_ratios"})
     dtype = str(target.dtype).removeprefix("torch.")
     write_log({**found, "retain-only": own, "scaled": scaled, "dtype": dtype, **environment()}, args.output)
 
