@@ -24,13 +24,14 @@ FORGET_SETS = {
     "660 to 759": ["tofu800_rows_660", "tofu800_rows_660_seeds"],
 }
 METHODS = {
+    "teacher_holdout_calibrated": 'With a teacher, holdout rows and `stop_at="calibrated"`',
     "teacher_calibrated": 'With a teacher and `stop_at="calibrated"`',
     "rfa": "By default, without a teacher",
     "rfa_calibrated": 'Without a teacher, `stop_at="calibrated"`',
 }
 COLUMNS = [
     *("forget rows", "computed in", "seeds", "forget quality", "utility / target's", "extraction strength"),
-    *("forget probability", "forget ROUGE", "retain ROUGE"),
+    *("forget probability", "forget ROUGE", "PrivLeak", "retain ROUGE"),
 ]
 
 
@@ -72,7 +73,7 @@ def runs(method: str, folder: str) -> dict[str, list[dict]]:
 
 def table(method: str, targets: dict[str, float]) -> list[str]:
     """A method's rows, and what all its runs come to together, as lines of Markdown."""
-    lines = [f"{METHODS[method]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 6]
+    lines = [f"{METHODS[method]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 7]
     medians, all_shares = [], []
     for rows, folders in FORGET_SETS.items():
         of_set = []
@@ -91,9 +92,11 @@ def table(method: str, targets: dict[str, float]) -> list[str]:
                     spread(qualities, ".2g", median),
                     spread(shares, ".3f"),
                 ]
+
                 for name in ("extraction_strength", "forget_prob", "forget_rouge"):
                     cells.append(f"{spread([score[name] for score in scores], '.3f')}; {retain_only[name]:.3f}")
-                cells.append(spread([score["retain_rouge"] for score in scores], ".3f"))
+                for name, digits in (("privleak", ".0f"), ("retain_rouge", ".3f")):
+                    cells.append(spread([score[name] for score in scores], digits))
                 lines.append(f"| {' | '.join(cells)} |")
         medians.append(format(median(of_set), ".2g"))
     error = stdev(all_shares) / len(all_shares) ** 0.5
