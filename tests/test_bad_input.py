@@ -48,6 +48,11 @@ def test_data(change, message, make_trainer):
         make_trainer(model=tiny_llama(), **change)
 
 
+def test_a_model_that_is_not_there(make_trainer):
+    with pytest.raises(ValueError, match="^model: 'no/such-model' is no model .*; give the folder or Hub id of a "):
+        make_trainer(model="no/such-model")
+
+
 def test_an_answer_that_is_wholly_cut(make_trainer):
     with pytest.raises(
         ValueError, match="^forget_dataset row 0: max_length=5 cuts the whole answer.*raise max_length"
@@ -65,6 +70,10 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
     ("setting", "message"),
     [
         ({"alpha": 0.0}, "alpha: 0.0 is not positive; give a number above 0"),
+        ({"alpha": "4"}, "alpha: '4' is text; give a number above 0"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0 is not positive; give a number above 0"),
+        ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2 is not positive"),
+        ({"per_device_train_batch_size": 1.5}, "per_device_train_batch_size: 1.5 is no whole number"),
         ({"beta": None}, "beta: None is not positive; give a number above 0"),
         ({"alpha": float("nan")}, "alpha: nan is not positive"),
         ({"beta": -1.0}, "beta: -1.0 is not positive; give a number above 0"),

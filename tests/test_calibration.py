@@ -303,9 +303,9 @@ def test_a_diverged_adapter_ends_as_without_looks(knowing, make_trainer):
 
 
 def test_a_holdout_set_alone_or_missing_or_seen(make_trainer):
-    with pytest.raises(ValueError, match="^holdout_dataset, stop_at: got none and 'calibrated'; .* never saw"):
+    with pytest.raises(ValueError, match="^stop_at: 'calibrated' .*holdout_dataset .* never saw, or the teacher"):
         make_trainer(CONFIG)
-    with pytest.raises(ValueError, match="^holdout_dataset, stop_at: got one and None"):
+    with pytest.raises(ValueError, match="^holdout_dataset: one is given, but stop_at is None"):
         make_trainer({**CONFIG, "stop_at": None}, holdout_dataset=HOLDOUT)
     with pytest.raises(ValueError, match="^1 rows of holdout_dataset are in retain_dataset too, .* row 2 of holdout"):
         make_trainer(CONFIG, holdout_dataset=tiny_rows(3, first=18))

@@ -151,11 +151,15 @@ class RFATrainer(UnlearningTrainer):
                 f"features, but blocks ends with {self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or "
                 "give a holdout_dataset."
             )
-        if (self._holdout_dataset is None) != (args.stop_at is None) and not reads_goal:
+        if args.stop_at is not None and self._holdout_dataset is None and not reads_goal:
             raise ValueError(
-                f"holdout_dataset, stop_at: got {'none' if self._holdout_dataset is None else 'one'} and "
-                f"{args.stop_at!r}; stop_at='calibrated' needs rows that the model never saw, unless shift='ignorant' "
-                "has its teacher, and nothing else needs them."
+                f"stop_at: {args.stop_at!r} has nothing that says what ignorance is; give a holdout_dataset of rows "
+                "like the forget set's that the model never saw, or the teacher from before the fine-tuning."
+            )
+        if args.stop_at is None and self._holdout_dataset is not None:
+            raise ValueError(
+                "holdout_dataset: one is given, but stop_at is None and nothing else reads it; set "
+                "stop_at='calibrated', or leave the holdout set out."
             )
 
     def _has_teacher(self, args: RFAConfig) -> bool:
@@ -574,9 +578,10 @@ class RFATrainer(UnlearningTrainer):
         try:
             teacher_config = AutoConfig.from_pretrained(args.teacher)
         except (OSError, ValueError) as error:
+            first_line = str(error).partition("\n")[0]
             raise ValueError(
-                f"teacher: {args.teacher!r} is no model ({error}); give the folder or Hub id of the whole checkpoint "
-                "from before the fine-tuning, no adapter."
+                f"teacher: {args.teacher!r} is no model ({first_line}); give the folder or Hub "
+                "id of the whole checkpoint from before the fine-tuning, no adapter."
             ) from error
         check_decoder_only(teacher_config, args.teacher)
         for field in ("num_hidden_layers", "hidden_size", "vocab_size"):

@@ -86,6 +86,8 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length: {self.max_length} keeps no token; give 1 or more, or None for all.")
+        self._check_positive("learning_rate")
+        self._check_positive("per_device_train_batch_size", whole=True)
         for name in ("forget_tokens", "retain_tokens"):
             self._check_choice(name, ("answer", "all"))
         # batch_rebalance looks for token ids in rows that are pairs here.
@@ -126,6 +128,8 @@ class UnlearningConfig(TrainingArguments):
     def _check_positive(self, *names: str, whole: bool = False) -> None:
         for name in names:
             value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name}: {value!r} is text; give a number above 0.")
             if value is None or not value > 0:
                 raise ValueError(f"{name}: {value} is not positive; give a number above 0.")
             if whole and not isinstance(value, int):

@@ -135,7 +135,14 @@ class UnlearningTrainer(Trainer):
             _check_not_adapter(model)
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
             source = {name: init_kwargs[name] for name in SOURCE if name in init_kwargs}
-            config, name = AutoConfig.from_pretrained(model, **source), model
+            try:
+                config, name = AutoConfig.from_pretrained(model, **source), model
+            except (OSError, ValueError) as error:
+                first_line = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"model: {model!r} is no model ({first_line}); give the folder or Hub id of a "
+                    "causal language model."
+                ) from error
         else:
             if quantization_config is not None or args.model_init_kwargs is not None:
                 raise ValueError(

@@ -12,7 +12,7 @@ from rfa_llm.cli.main import DTYPES
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
-from rfa_llm.receipt import read_receipt
+from rfa_llm.receipt import FIGURE_ROWS, read_receipt
 from rfa_llm.trainer import RFATrainer
 
 
@@ -27,7 +27,7 @@ class UnlearnArguments:
     retain_dataset: str = field(default=None, metadata={"help": "Rows to keep, likewise. Required."})
     holdout_dataset: str | None = field(
         default=None,
-        metadata={"help": "Rows like the forget set's that the model never saw, for --stop_at."},
+        metadata={"help": "Rows like the forget set's that neither model nor teacher saw, for --stop_at."},
     )
     forget_config: str | None = field(
         default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
@@ -127,7 +127,9 @@ def answer_table(metrics: dict[str, dict[str, float]]) -> str:
         },
         index=["forget set", "retain set"],
     )
-    return f"Mean loss of the answers, nats a token\n{losses.to_string(float_format='%.3f')}"
+    # Which rows hangs on the receipt's salt, so two runs' figures are not of the same ones.
+    title = f"Mean loss of the answers, nats a token, over {FIGURE_ROWS} rows at most, drawn anew for each run"
+    return f"{title}\n{losses.to_string(float_format='%.3f')}"
 
 
 def memory_report(metrics: dict[str, float], device: torch.device) -> str:
