@@ -10,12 +10,31 @@ from itertools import islice
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+
+
+def read_config(name: str, field: str, what: str, **source) -> PreTrainedConfig:
+    """A model's config, from its folder or the Hub.
+
+    Args:
+        name: The folder, or the id on the Hub.
+        field: The setting that names it, for the message.
+        what: What it should be the folder or id of, likewise.
+        **source: Where on the Hub, as `AutoConfig.from_pretrained` takes it (`revision`, `token` and so on).
+
+    Raises:
+        ValueError: There is no config there.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{field}: {name!r} is no model ({reason}); give the folder or Hub id of {what}.") from error
 
 
 def check_decoder_only(config: PreTrainedConfig, name: str) -> None:

@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +29,14 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from . import reference, residuals, shifts
 from .adapters import adapter_off
-from .blocks import check_adapter_placement, check_decoder_only, find_blocks, num_blocks, resolve_blocks
+from .blocks import (
+    check_adapter_placement,
+    check_decoder_only,
+    find_blocks,
+    num_blocks,
+    read_config,
+    resolve_blocks,
+)
 from .calibration import LOOK_ROWS, StopWhenCalibrated, final_look, mean_answer_loss
 from .checkpoints import digest
 from .config import RFAConfig
@@ -575,14 +581,8 @@ class RFATrainer(UnlearningTrainer):
 
     def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
         """Let the teacher run over the sets, unless its features are on disk already, and open them."""
-        try:
-            teacher_config = AutoConfig.from_pretrained(args.teacher)
-        except (OSError, ValueError) as error:
-            first_line = str(error).partition("\n")[0]
-            raise ValueError(
-                f"teacher: {args.teacher!r} is no model ({first_line}); give the folder or Hub "
-                "id of the whole checkpoint from before the fine-tuning, no adapter."
-            ) from error
+        whole = "the whole checkpoint from before the fine-tuning, no adapter"
+        teacher_config = read_config(args.teacher, "teacher", whole)
         check_decoder_only(teacher_config, args.teacher)
         for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
             ours = getattr(config.get_text_config(decoder=True), field)

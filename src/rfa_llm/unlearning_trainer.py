@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .adapters import adapter_off, computing_in_model_dtype
-from .blocks import check_decoder_only, disable_dropout, num_blocks, placed
+from .blocks import check_decoder_only, disable_dropout, num_blocks, placed, read_config
 from .card import TAGS, Words, model_card
 from .checkpoints import (
     METHOD_STATE_NAME,
@@ -135,14 +134,7 @@ class UnlearningTrainer(Trainer):
             _check_not_adapter(model)
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
             source = {name: init_kwargs[name] for name in SOURCE if name in init_kwargs}
-            try:
-                config, name = AutoConfig.from_pretrained(model, **source), model
-            except (OSError, ValueError) as error:
-                first_line = str(error).partition("\n")[0]
-                raise ValueError(
-                    f"model: {model!r} is no model ({first_line}); give the folder or Hub id of a "
-                    "causal language model."
-                ) from error
+            config, name = read_config(model, "model", "a causal language model", **source), model
         else:
             if quantization_config is not None or args.model_init_kwargs is not None:
                 raise ValueError(
