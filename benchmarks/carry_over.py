@@ -92,7 +92,6 @@ def table(method: str, targets: dict[str, float]) -> list[str]:
                     spread(qualities, ".2g", median),
                     spread(shares, ".3f"),
                 ]
-
                 for name in ("extraction_strength", "forget_prob", "forget_rouge"):
                     cells.append(f"{spread([score[name] for score in scores], '.3f')}; {retain_only[name]:.3f}")
                 for name, digits in (("privleak", ".0f"), ("retain_rouge", ".3f")):
