@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from rfa_llm.calibration import StopWhenCalibrated
 from rfa_llm.checkpoints import newest_whole_checkpoint
+from rfa_llm.cli.unlearn import stop_report
 from rfa_llm.data.formats import encode
 from rfa_llm.evaluation.scores import BrokenModelError
 
@@ -87,6 +88,9 @@ def test_an_adapter_that_fell_short_is_made_stronger(knowing, make_trainer, toke
     assert trainer.state.global_step == 5 and "stop_at" not in caplog.text
     assert 1 < metrics["adapter_scale"] <= 2
     assert metrics["forget_answer_loss"] == pytest.approx(metrics["holdout_answer_loss"], rel=0.02)
+    said = stop_report(trainer.state)
+    assert f"Ended at step 5 of 5; then the adapter's effect was multiplied by {metrics['adapter_scale']:.3f}" in said
+    assert f"holdout_answer_loss, which stands for ignorance, is {metrics['holdout_answer_loss']:.3f}." in said
     # In the weights themselves: whoever loads what was saved has it.
     for saved in (newest_whole_checkpoint(trainer.args.output_dir), str(tmp_path / "saved")):
         if saved.endswith("saved"):

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
+from transformers import TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from rfa_llm.calibration import MENDS, final_look
 from rfa_llm.cli.main import DTYPES
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
@@ -111,11 +113,26 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
     if training_args.should_save:
         losses = answer_table(read_receipt(training_args.output_dir)["metrics"])
         print(
-            f"\n{residual_table(trainer)}\n\n{losses}\n\n{memory_report(metrics, training_args.device)}\n\n"
+            f"\n{residual_table(trainer)}\n\n{stop_report(trainer.state)}{losses}\n\n"
+            f"{memory_report(metrics, training_args.device)}\n\n"
             f"Adapter saved to {training_args.output_dir}."
         )
     trainer.accelerator.end_training()
     return trainer
+
+
+def stop_report(state: TrainerState) -> str:
+    """Where a training with `stop_at` ended, and what was done to its adapter there, as text; nothing for others."""
+    look = final_look(state)
+    if look is None:
+        return ""
+    level = next(name for name in MENDS if name in look)
+    return (
+        f"Ended at step {state.global_step} of {state.max_steps}; then the adapter's effect was multiplied by "
+        f"{look['adapter_scale']:.3f} (the residuals above are from before). The forget set's answers are at "
+        f"{look['forget_answer_loss']:.3f} nats a token; {level}, which stands for ignorance, is {look[level]:.3f}."
+        "\n\n"
+    )
 
 
 def answer_table(metrics: dict[str, dict[str, float]]) -> str:
