@@ -120,7 +120,7 @@ def step_logs(output_dir: Path) -> list[dict]:
 
 
 def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Every logged figure of every step to `tolerance` of itself, every weight matrix to ten times that of its norm.
+    """Each logged figure of each step to `tolerance` of itself, the adapter to that of its norm, each matrix to ten.
 
     Adam makes a large part of a step out of the rounding of an entry that has next to no gradient: on one CPU a single
     entry was off by 2.5e-5 of its matrix's norm, where all losses agreed to 4e-7.
@@ -129,6 +129,8 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.linalg.norm(a[name] - b[name]) <= 10 * tolerance * torch.linalg.norm(b[name]), name
+    ours_whole, theirs_whole = (torch.cat([adapter[name].flatten() for name in a]) for adapter in (a, b))
+    assert torch.linalg.norm(ours_whole - theirs_whole) <= tolerance * torch.linalg.norm(theirs_whole)
     for our, their in zip(step_logs(ours), step_logs(theirs), strict=True):
         for name in their:
             if name.startswith(("loss", "residual")):
