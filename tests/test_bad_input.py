@@ -309,9 +309,7 @@ def test_an_output_dir_that_holds_an_adapter(make_trainer, tmp_path):
     first.train()
     first.save_model()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(
-        ValueError, match="^output_dir: .*adapter' already holds an adapter.*overwrite_output_dir=True"
-    ):
+    with pytest.raises(ValueError, match="^output_dir: .*adapter' already holds an adapter.*set overwrite_output_dir"):
         make_trainer()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     make_trainer({"overwrite_output_dir": True})
@@ -429,10 +427,19 @@ def test_an_adapter_that_the_last_step_broke_is_not_saved(make_trainer):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "forget_dataset .*rows.jsonl.* cannot be read .line 3: "),
-        ("rows.json", '{"text": "a"}', "it is no list of rows"),
+        (
+            "rows.jsonl",
+            '{"text": "a"}\n\n{"text": "b"\n',
+            "forget_dataset .*rows.jsonl.* cannot be read .line 3: .*; give one JSON object a line",
+        ),
+        ("rows.json", '{"text": "a"}', "it is no list of rows.; give a list of JSON objects"),
         ("rows.jsonl", '["a"]\n', "row 0 is no object"),
-        ("rows.csv", "question,answer\na,b,c\n", "row 0 .* more cells than the header"),
+        ("rows.jsonl", "\n", "forget_dataset is empty; give at least one row"),
+        (
+            "rows.csv",
+            "question,answer\na,b,c\n",
+            "row 0 .* more cells than the header.*; give a header and as many cells",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read(name, text, message, tmp_path, make_trainer):

@@ -158,8 +158,6 @@ def test_prepare_cuts_an_answer_but_not_off():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, "retain_dataset is None; give at least one row"),
-        ([], "retain_dataset is empty; give at least one row"),
         (
             [{"query": "who", "answer": "Bo"}],
             r"\['query', 'answer'\]; give prompt/completion, or messages, or question/",
@@ -173,9 +171,8 @@ def test_prepare_cuts_an_answer_but_not_off():
     ],
 )
 def test_prepare_names_what_is_wrong(rows, message):
-    dataset = rows if rows is None else Dataset.from_list(rows)
     with pytest.raises((ValueError, TypeError), match=message):
-        prepare(dataset, make_tokenizer(), "retain_dataset", None)
+        prepare(Dataset.from_list(rows), make_tokenizer(), "retain_dataset", None)
 
 
 def test_prepare_leaves_no_file(tmp_path):

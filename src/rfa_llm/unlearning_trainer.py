@@ -675,7 +675,7 @@ def _check_output_dir(args: UnlearningConfig) -> None:
     if done and not args.overwrite_output_dir and not args.resume_from_checkpoint:
         raise ValueError(
             f"output_dir: {args.output_dir!r} already holds an adapter; choose another folder or set "
-            "overwrite_output_dir=True."
+            "overwrite_output_dir."
         )
 
 

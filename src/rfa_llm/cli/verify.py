@@ -166,7 +166,7 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
         strange = next((index for index, one in enumerate(hashes) if one not in asked), None)
         if strange is not None:
             proved += f"; row {strange} (counted from 0) is another, or has other columns or another salt than there"
-        checks.append(("rows in the request", 0 < known == number, proved))
+        checks.append(("rows in the request", known == number, proved))
         # The figures are of the whole set.
         if given != asked:
             forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"

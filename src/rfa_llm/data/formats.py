@@ -17,10 +17,16 @@ FORMATS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("te
 # What a question looks like to a model whose tokenizer has no chat template; the completion is " {answer}".
 PLAIN_TEMPLATE = "Question: {question}\nAnswer:"
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+# What a file of each type has to hold.
+FILE_TYPES = {
+    ".jsonl": "one JSON object a line, in UTF-8",
+    ".json": "a list of JSON objects, in UTF-8",
+    ".csv": "a header and as many cells in each row, in UTF-8",
+    ".parquet": "a whole Parquet file",
+}
 
 
-def read_rows(path: Path) -> Dataset:
+def _read_rows(path: Path) -> Dataset:
     """Rows of a local .jsonl, .json (a list), .csv or .parquet file, held in memory.
 
     The readers of `datasets` would leave a copy of the file in its cache folder, where the text to be forgotten
@@ -65,24 +71,32 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
         split: the split to take of a Hub dataset.
 
     Raises:
-        ValueError: `source` is None, or a file that is not there.
+        ValueError: `source` is None, a file that is not there or not of its type, or has no rows.
         TypeError: `source` is neither a Dataset nor a string.
     """
     if source is None:
         raise ValueError(f"{field} is None; give a Dataset, a file or a Hub id.")
-    if isinstance(source, Dataset):
-        return source
-    if not isinstance(source, str):
+    if not isinstance(source, (Dataset, str)):
         raise TypeError(f"{field} is a {type(source).__name__}; give one Dataset, a file's path or a Hub id.")
+    rows = source if isinstance(source, Dataset) else _load(source, field, config, split)
+    if len(rows) == 0:
+        raise ValueError(f"{field} is empty; give at least one row.")
+    return rows
+
+
+def _load(source: str, field: str, config: str | None, split: str) -> Dataset:
     path = Path(source)
     if path.suffix not in FILE_TYPES:
         return load_dataset(source, config, split=split)
     if not path.is_file():
         raise ValueError(f"{field} is {source!r}, but there is no such file; give the path of a file that exists.")
     try:
-        return read_rows(path)
+        return _read_rows(path)
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{field} {source!r} cannot be read ({error}); give UTF-8 text, every row alike.") from error
+        wanted = FILE_TYPES[path.suffix]
+        raise ValueError(
+            f"{field} {source!r} cannot be read ({error}); give {wanted}, a column's values all of one type."
+        ) from error
 
 
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -181,12 +195,10 @@ def prepare(
         A Dataset with the columns `input_ids` (list of int), `answer_start` (int) and `index` (int, the row number).
 
     Raises:
-        ValueError: there are no rows, no format's columns are there, a row cannot be encoded, or `max_length` cuts a
-            whole answer; each names the field, and the row where there is one.
+        ValueError: no format's columns are there, a row cannot be encoded, or `max_length` cuts a whole answer; each
+            names the field, and the row where there is one.
         TypeError: a value that should be text is not.
     """
-    if dataset is None or len(dataset) == 0:
-        raise ValueError(f"{field} is {'None' if dataset is None else 'empty'}; give at least one row.")
     columns = dataset.column_names
     if not any(set(needed) <= set(columns) for needed in FORMATS):
         raise ValueError(f"{field} has the columns {columns}; give {_accepted()}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-from rfa_llm.data.formats import read_rows
+from rfa_llm.data.formats import load_rows
 
 
 def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
@@ -23,7 +23,7 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
         of str), and that of a forget or retain set `paraphrased_answer`.
 
     Raises:
-        ValueError: `data_dir` has no such file.
+        ValueError: `data_dir` has no such file, or it cannot be read or has no rows.
     """
     if data_dir is None:
         return load_dataset("locuslab/TOFU", config, split="train")
@@ -32,4 +32,4 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
         found = sorted(file.stem for file in Path(data_dir).glob("*.jsonl"))
         mend = f"give one of {found}" if found else "give the folder that holds TOFU's .jsonl files"
         raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; {mend}.")
-    return read_rows(path)
+    return load_rows(str(path), "data_dir")
