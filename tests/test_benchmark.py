@@ -357,9 +357,8 @@ def test_the_retain_only_model_is_needed_once(finished, folder, tmp_path):
     for name in ("target", "retain-only"):
         (other / "results").mkdir(exist_ok=True)
         shutil.copy(finished / "results" / f"{name}.json", other / "results")
-    given = {"retain_model": "nowhere"}
-    only = {"only": ["mine"], "seeds": [0]}
-    benchmark(arguments(folder, other, **given, **only))
+    benchmark(arguments(folder, other, only=["mine"], seeds=[0]))
+    assert not (other / "models" / "retain").exists()
     ours, before = (read(one / "results" / "mine_lr0.01_seed0.json")["points"] for one in (other, finished))
     assert ours == before
     log = read(finished / "logs" / "retain-only.json")

@@ -142,8 +142,10 @@ class BenchmarkArguments:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
 
 
-def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, str]:
+def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -> tuple[str, str]:
     """Paths of the target and its retain-only twin, fine-tuned from the base where they are missing.
+
+    A retain-only model whose result is in `results` is not needed any more, and not made.
 
     Raises:
         ValueError: One is missing and there is no base, or one that is there was not fine-tuned on these rows.
@@ -164,6 +166,9 @@ def make_missing_models(args: BenchmarkArguments, folder: Path) -> tuple[str, st
             paths.append(str(Path(given)))
             continue
         path = folder / "models" / name
+        if name == "retain" and not path.exists() and (results / "retain-only.json").exists():
+            paths.append(str(path))
+            continue
         dataset = load_tofu(rows, args.data_dir)
         trained_on = {"rows": digest(json.dumps(dataset[:]))}
         if path.exists():
@@ -234,7 +239,7 @@ def benchmark(args: BenchmarkArguments) -> str:
     folder = Path(args.output_dir)
     results = Path(args.results_dir or folder / "results")
     # The demo's data is made with its models; data that is given is read before hours of training.
-    made = make_missing_models(args, folder) if args.demo_models else None
+    made = make_missing_models(args, folder, results) if args.demo_models else None
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
     sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
@@ -249,7 +254,7 @@ def benchmark(args: BenchmarkArguments) -> str:
         scored["holdout"] = digest(json.dumps(sets["holdout"][:]))
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
-    target, retain_only = made or make_missing_models(args, folder)
+    target, retain_only = made or make_missing_models(args, folder, results)
     rows = rows_digest(forget, retain, sets)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
