@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -5,7 +6,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rfa_llm.data.formats import check_disjoint, check_tokenizer, encode, encode_prompt, load_rows, prepare, spread
+from rfa_llm.data.formats import check_disjoint, check_tokenizer, encode, load_rows, prepare, spread
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 WORDS = [
@@ -54,6 +55,11 @@ def make_tokenizer(chat=False, adds_bos=False, eos="</s>"):
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def encode_prompt(row, tokenizer):
+    encoded = encode(row, tokenizer)
+    return encoded["input_ids"][: encoded["answer_start"]]
 
 
 def split_tokens(row, tokenizer):
@@ -168,6 +174,19 @@ def test_prepare_cuts_an_answer_but_not_off():
         ([{"prompt": "", "completion": "Bo"}], "retain_dataset row 0: the prompt is empty"),
         ([{"messages": [{"role": "user", "content": "who"}]}], "retain_dataset row 0: the turns are .*assistant"),
         ([{"messages": []}], "retain_dataset row 0: the turns are"),
+        ([{"messages": None}], "retain_dataset row 0: messages is None; give a list of turns"),
+        (
+            [{"messages": [{"from": "human", "value": "who"}]}],
+            "row 0: messages is .*give a list of turns, each an object",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": "who"}], "completion": "Bo"}],
+            "row 0: completion is 'Bo'; give a li",
+        ),
+        (
+            [{"messages": [{"role": "user"}, {"role": "assistant", "content": "Bo"}]}],
+            "the content of a user turn is None",
+        ),
     ],
 )
 def test_prepare_names_what_is_wrong(rows, message):
@@ -229,12 +248,23 @@ def test_load_rows_reads_files_into_memory(tmp_path, monkeypatch, suffix):
     assert loaded.cache_files == []
 
 
-def test_load_rows_takes_a_dataset_as_it_is_and_names_bad_sources():
+def test_load_rows_takes_a_dataset_as_it_is_and_names_bad_sources(tmp_path):
     rows = Dataset.from_list([QA])
     assert load_rows(rows, "forget_dataset") is rows
     with pytest.raises(ValueError, match="forget_dataset is None"):
         load_rows(None, "forget_dataset")
     with pytest.raises(ValueError, match="retain_dataset is 'nowhere.jsonl', but there is no such file"):
         load_rows("nowhere.jsonl", "retain_dataset")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(QA))
+    (tmp_path / "rows.txt").write_text("who")
+    for other in (tmp_path, tmp_path / "rows.txt"):
+        with pytest.raises(
+            ValueError, match="forget_dataset is .*, a folder or a file of another type; give a .jsonl, "
+        ):
+            load_rows(str(other), "forget_dataset")
+    with pytest.raises(
+        ValueError, match="^forget_dataset: 'nobody/nothing' cannot be loaded from the Hub .*; give id, co"
+    ):
+        load_rows("nobody/nothing", "forget_dataset")
     with pytest.raises(TypeError, match="forget_dataset is a DatasetDict"):
         load_rows(DatasetDict(train=rows), "forget_dataset")

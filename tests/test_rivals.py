@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM
 from trl import TrlParser
 
-from rfa_llm.data.formats import encode, encode_prompt
+from rfa_llm.data.formats import encode
 from rfa_llm.data.pairing import pad_rows
 from rfa_llm.rivals import METHODS, RIVALS, RivalConfig, losses
 from rfa_llm.rivals.idk import IDK_ANSWERS, idk_answer, read_idk_answers, with_answer
@@ -366,8 +366,8 @@ def test_idk_rows_ask_the_forget_rows_question(make_rival, tokenizer, forget):
     for epoch in range(4):
         trainer.train_dataset.set_epoch(epoch)
         for i, row in enumerate(forget):
-            idk, prompt = trainer.train_dataset[i]["idk"], encode_prompt(row, tokenizer)
-            assert idk["input_ids"][: idk["answer_start"]] == prompt
+            idk, asked = trainer.train_dataset[i]["idk"], encode(row, tokenizer)
+            assert idk["input_ids"][: idk["answer_start"]] == asked["input_ids"][: asked["answer_start"]]
             drawn.add((i, known.index(idk["input_ids"][idk["answer_start"] :])))
     assert len(drawn) > 2 * len(forget)  # another answer in another epoch
     batch = trainer.data_collator([trainer.train_dataset[i] for i in (4, 2)])

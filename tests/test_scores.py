@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from rfa_llm.data.formats import encode, encode_prompt
+from rfa_llm.data.formats import encode
 from rfa_llm.evaluation.scores import answer_losses, answer_scores, encoded_answer_scores, greedy_answers
 
 ROWS = [
@@ -66,7 +66,8 @@ def naive_loss(model, tokenizer, row) -> float:
 @torch.no_grad()
 def naive_answer(model, tokenizer, row, max_new_tokens) -> str:
     """One row, no padding, no cache, the most likely token at each step."""
-    prompt = encode_prompt(row, tokenizer)
+    encoded = encode(row, tokenizer)
+    prompt = encoded["input_ids"][: encoded["answer_start"]]
     ids = list(prompt)
     while len(ids) < len(prompt) + max_new_tokens:
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +72,8 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
         split: the split to take of a Hub dataset.
 
     Raises:
-        ValueError: `source` is None, a file that is not there or not of its type, or has no rows.
+        ValueError: `source` is None, a folder, a file that is not there or not of its type, a dataset that the Hub
+            does not give, or has no rows.
         TypeError: `source` is neither a Dataset nor a string.
     """
     if source is None:
@@ -87,7 +89,19 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
 def _load(source: str, field: str, config: str | None, split: str) -> Dataset:
     path = Path(source)
     if path.suffix not in FILE_TYPES:
-        return load_dataset(source, config, split=split)
+        if path.exists():
+            # `datasets` would read it, and leave a copy in its cache.
+            raise ValueError(
+                f"{field} is {source!r}, a folder or a file of another type; give a {', '.join(FILE_TYPES)} file or a "
+                "Hub id."
+            )
+        try:
+            return load_dataset(source, config, split=split)
+        except (ValueError, OSError, DatasetsError) as error:
+            raise ValueError(
+                f"{field}: {source!r} cannot be loaded from the Hub ({error}); give id, configuration and split of a "
+                f"dataset there, or a {', '.join(FILE_TYPES)} file."
+            ) from error
     if not path.is_file():
         raise ValueError(f"{field} is {source!r}, but there is no such file; give the path of a file that exists.")
     try:
@@ -128,11 +142,13 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
     """
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], list):
-            return _encode_turns(row["prompt"], row["completion"], tokenizer)
+            prompt, completion = _turns(row["prompt"], "prompt"), _turns(row["completion"], "completion")
+            return _encode_turns(prompt, completion, tokenizer)
         prompt, completion = _text(row["prompt"], "prompt"), _answer_text(row["completion"], "completion")
         return _join(_with_bos(prompt, tokenizer), _with_eos(completion, tokenizer))
     if "messages" in row:
-        return _encode_turns(row["messages"][:-1], row["messages"][-1:], tokenizer)
+        turns = _turns(row["messages"], "messages")
+        return _encode_turns(turns[:-1], turns[-1:], tokenizer)
     if "question" in row and "answer" in row:
         question = {"role": "user", "content": _text(row["question"], "question")}
         answer = {"role": "assistant", "content": _answer_text(row["answer"], "answer")}
@@ -170,12 +186,6 @@ def texts(row: dict) -> list[str]:
         turns = value if isinstance(value, list) else [{"content": value}]
         found += [_text(turn.get("content"), name) for turn in turns]
     return found
-
-
-def encode_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the row's prompt alone, exactly those `encode` puts before the answer."""
-    encoded = encode(row, tokenizer)
-    return encoded["input_ids"][: encoded["answer_start"]]
 
 
 def prepare(
@@ -303,13 +313,20 @@ def _join(prompt_ids: list[int], answer_ids: list[int]) -> dict:
     return {"input_ids": prompt_ids + answer_ids, "answer_start": len(prompt_ids)}
 
 
+def _turns(value: object, name: str) -> list[dict]:
+    """A conversation, where it is one."""
+    if not isinstance(value, list) or any(not isinstance(turn, dict) or "role" not in turn for turn in value):
+        raise TypeError(f"{name} is {value!r}; give a list of turns, each an object of role and content.")
+    return value
+
+
 def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict:
     roles = [turn["role"] for turn in [*turns, *answer]]
     if roles[-1:] != ["assistant"]:
         raise ValueError(f"the turns are {roles}; let an assistant's turn, the answer, be the last.")
     for turn in turns:
-        _text(turn["content"], f"the content of a {turn['role']} turn")
-    text = _answer_text(answer[-1]["content"], "the last turn's content")
+        _text(turn.get("content"), f"the content of a {turn['role']} turn")
+    text = _answer_text(answer[-1].get("content"), "the last turn's content")
 
     if tokenizer.chat_template is None:
         if roles != ["user", "assistant"]:
