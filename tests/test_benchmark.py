@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -372,6 +372,8 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
     mixed = concatenate_datasets([new.select(range(4)), forget, retain, new.select(range(4, 9))])
     questions = unseen(mixed, forget, retain)["question"]
     assert questions == new["question"]
+    with pytest.raises(ValueError, match=r"holdout_dataset: its columns are \['text'\]; give rows of question and"):
+        unseen(Dataset.from_list([{"text": "a"}]), forget, retain)
     with pytest.raises(ValueError, match="holdout_dataset: 0 of its 4 rows are in neither"):
         unseen(retain, forget, retain)
 
@@ -393,6 +395,7 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
         ({"points": 3}, "points: 3 does not divide max_steps=4"),
         ({"seeds": []}, "learning_rates, seeds: both need at least one"),
         ({"data_dir": None}, "data_dir: no data is given"),
+        ({"max_new_tokens": 0}, "batch_size, max_new_tokens: 16 and 0 must both be 1 or more"),
     ],
 )
 def test_bad_arguments_are_refused(folder, tmp_path, changes, message):

@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -280,7 +281,7 @@ def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"forget_Q_A_ROUGE": ["an  ox", "an ape", "no"]}, "another forget set: 2 of its 3 answers"),
+        ({"forget_Q_A_ROUGE": ["an  ox", "an ox, two cows", "no"]}, "another forget set: 1 of its 3 answers"),
         ({"mia_loss": {"forget": 3, "holdout": 1}}, "1 holdout rows under mia_loss, but there are 2"),
         ({"mia_loss": {"forget": 2, "holdout": 2}}, "2 forget rows under mia_loss, but there are 3"),
         ({"mia_min_k": None}, "an AUC of None under mia_min_k"),
@@ -293,8 +294,8 @@ def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring
         return {"agg_value": 0.5, "value_by_index": {str(i): {name: value} for i, value in enumerate(values)}}
 
     content = {
-        # One answer of three is another's; spaces are nobody's.
-        "forget_Q_A_ROUGE": [*(" ".join(sets["forget"]["answer"][i].split()) + " " for i in (0, 1)), "no"],
+        # Spaces make no other answer.
+        "forget_Q_A_ROUGE": ["an  ox", "an ox, two cows ", "noox"],
         "mia_loss": {"forget": 3, "holdout": 2},
         "mia_min_k": 0.5,
         "forget_truth_ratio": [0.5, 0.25, 2.0],
@@ -315,6 +316,21 @@ def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring
         check_questions(whole, log({**content, **changed}))
 
 
+@pytest.mark.parametrize(("others", "refused"), [(2, False), (3, True)])
+def test_one_answer_in_twenty_of_a_retain_log_may_be_another(sets, others, refused):
+    forget = concatenate_datasets([sets["forget"]] * 14)
+    answers = [*["a char\ufffd"] * others, *forget["answer"][others:]]
+    log = {
+        metric: {"agg_value": 0.5, "value_by_index": {str(i): {name: value} for i, value in enumerate(values)}}
+        for metric, name, values in (
+            ("forget_Q_A_ROUGE", "ground_truth", answers),
+            ("forget_truth_ratio", "score", [0.5] * 42),
+        )
+    }
+    with pytest.raises(ValueError, match="3 of its 42 answers") if refused else nullcontext():
+        check_questions({**sets, "forget": forget}, log)
+
+
 def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
     def evaluate(**changed):
         evaluate_tofu(None, tokenizer, {**sets, **changed})
@@ -327,6 +343,18 @@ def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
         evaluate(forget=sets["forget"].select([]))
     with pytest.raises(ValueError, match=r"'holdout' lacks the columns \['answer'\]"):
         evaluate(holdout=HOLDOUT.remove_columns("answer"))
+    # Row 0 of the forget set is in the retain set, too.
+    for name, asked in (("forget", sets["forget"]), ("retain", sets["forget"].select([1]))):
+        seen = concatenate_datasets([HOLDOUT, sets["forget"].select_columns(["question", "answer"]).select([0])])
+        with pytest.raises(ValueError, match=f"^1 rows of .* 'holdout' are in '{name}' too, the first of them row 2 "):
+            evaluate(holdout=seen, forget=asked)
+    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 0 and 200 must both be 1 or more"):
+        evaluate_tofu(None, tokenizer, sets, batch_size=0)
+    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 16 and 0 must both be 1 or more"):
+        evaluate_tofu(None, tokenizer, sets, max_new_tokens=0)
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="tokenizer without a pad and an end token"):
+        evaluate_tofu(None, endless, sets)
     empty = [{"question": "Who?", "answer": "an ox", "perturbed_answer": wrong} for wrong in (["ass"], [])]
     with pytest.raises(ValueError, match="row 1 of the question set 'real_authors'"):
         evaluate(real_authors=Dataset.from_list(empty))

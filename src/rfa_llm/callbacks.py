@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .evaluation.scores import BrokenModelError
-from .evaluation.suite import check_questions, evaluate_tofu, summary
+from .evaluation.suite import check_questions, check_sizes, evaluate_tofu, summary
 from .memory import reshard
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class TofuEvaluationCallback(TrainerCallback):
         if steps < 1:
             raise ValueError(f"steps: {steps} is not positive; give the number of steps between two evaluations.")
         self._trainer, self._sets, self._steps = trainer, sets, steps
+        check_sizes(batch_size, max_new_tokens)
         self._retain_log = check_questions(sets, retain_log)
         self._settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         self._evaluated = 0

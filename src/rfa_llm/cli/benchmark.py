@@ -34,6 +34,7 @@ from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import write_log
+from rfa_llm.evaluation.suite import check_sizes
 
 # Beside a model that was fine-tuned here, what it was fine-tuned on.
 TRAINED_ON = "trained_on.json"
@@ -138,6 +139,7 @@ class BenchmarkArguments:
                 raise ValueError(
                     f"learning_rates: {rate!r} is no number with a dot, which YAML needs to see one; write 2.0e-4."
                 )
+        check_sizes(self.batch_size, self.max_new_tokens)
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
 
@@ -205,7 +207,13 @@ def _emptied(path: Path) -> Path:
 
 
 def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
-    """The rows whose questions are in neither set."""
+    """The rows whose questions are in neither set.
+
+    Raises:
+        ValueError: They have no questions and answers, or less than two are in neither.
+    """
+    if not {"question", "answer"} <= set(rows.column_names):
+        raise ValueError(f"holdout_dataset: its columns are {rows.column_names}; give rows of question and answer.")
     trained = {*forget["question"], *retain["question"]}
     indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
     if len(indices) < 2:

@@ -32,6 +32,7 @@ from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.formats import PLAIN_TEMPLATE
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import summary
+from rfa_llm.evaluation.suite import check_sizes
 from rfa_llm.progress import bar_alone
 from rfa_llm.shifts import SHIFTS
 from rfa_llm.trainer import RFATrainer
@@ -102,6 +103,7 @@ class DemoArguments:
     )
 
     def __post_init__(self):
+        check_sizes(EvaluateArguments.batch_size, self.max_new_tokens)
         if self.model is not None and self.data_dir is None:
             raise ValueError("data_dir: model is given but not its data; give the folder with TOFU's files.")
         for name in ("data_dir", "teacher", "retain_model"):

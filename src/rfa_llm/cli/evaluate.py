@@ -14,7 +14,8 @@ from rfa_llm.cli.main import DTYPES
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
+from rfa_llm.evaluation import evaluate_tofu, summary, write_log
+from rfa_llm.evaluation.suite import check_questions, check_sizes
 
 
 @dataclass
@@ -74,15 +75,17 @@ def summary_table(logs: dict[str, dict]) -> str:
 
 
 def score(args: EvaluateArguments) -> dict:
-    """Score the model and write the log to `args.output_file`."""
+    """Score the model and write the log to `args.output_file`.
+
+    Raises:
+        ValueError: A setting, a set or a log is not what `evaluate_tofu` takes, before the model is loaded; or the
+            adapter does not fit the model.
+    """
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
     if Path(args.output_file).is_dir():
         raise ValueError(f"output_file: {args.output_file!r} is a folder; give the name of a file.")
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise ValueError(
-            f"batch_size, max_new_tokens: {args.batch_size} and {args.max_new_tokens} must both be 1 or more."
-        )
+    check_sizes(args.batch_size, args.max_new_tokens)
     if args.gradient_norm and args.holdout_dataset is None:
         raise ValueError("holdout_dataset: gradient_norm is an attack against one, but none is given; give it too.")
     if args.adapter_name_or_path is not None:
@@ -90,8 +93,7 @@ def score(args: EvaluateArguments) -> dict:
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
-    if args.retain_log is not None:
-        read_retain_truth_ratios(args.retain_log)
+    retain_log = check_questions(sets, args.retain_log)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     if args.adapter_name_or_path is not None:
         model = on_its_base(model, args.adapter_name_or_path)
@@ -101,7 +103,7 @@ def score(args: EvaluateArguments) -> dict:
         AutoTokenizer.from_pretrained(args.model_name_or_path),
         sets,
         batch_size=args.batch_size,
-        retain_log=args.retain_log,
+        retain_log=retain_log,
         max_new_tokens=args.max_new_tokens,
         gradient_norm=args.gradient_norm,
     )

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rfa_llm.adapters import adapter_off
+from rfa_llm.data.formats import check_tokenizer
 from rfa_llm.evaluation import fluency, memorisation, metrics
 from rfa_llm.evaluation.log import read_answers, read_attack_scores, read_log, read_retain_truth_ratios
 from rfa_llm.evaluation.scores import (
@@ -63,6 +64,9 @@ SUMMARY = {
     "perplexity": "forget_Q_A_perplexity",
 }
 
+# The share of a retain log's answers that may differ from the forget set's.
+MOST_OTHERS = 0.05
+
 UTILITY_METRICS = [
     SUMMARY[f"{name}_{score}"]
     for name in ("retain", "real_authors", "world_facts")
@@ -88,9 +92,9 @@ def evaluate_tofu(
             `perturbed_answer` (a list of wrong answers); the first two also with `paraphrased_answer`. With a fifth,
             "holdout" (`question` and `answer`), rows of the forget set's kind that the model never saw, the log has
             the membership attacks too.
-        batch_size: answers scored at a time; four times as many are generated.
+        batch_size: answers scored at a time, at least 1; four times as many are generated.
         retain_log: the log, or its path, of a model trained on the retain set alone, made on the same forget set.
-        max_new_tokens: the longest greedy answer, in tokens.
+        max_new_tokens: the longest greedy answer, in tokens, at least 1.
         gradient_norm: whether to run the gradient-norm attack, which takes a backward pass for each row.
 
     Returns:
@@ -99,9 +103,12 @@ def evaluate_tofu(
         reference attack.
 
     Raises:
-        ValueError: a set or a column is missing, a set or its wrong answers are empty, or `retain_log` is of another
-            forget set or holdout set.
+        ValueError: a set or a column is missing, a set or its wrong answers are empty, holdout rows are in the forget
+            or the retain set, `retain_log` is of another forget set or of as many holdout rows as there are not, a
+            number is below 1, or the tokenizer has no end token.
     """
+    check_sizes(batch_size, max_new_tokens)
+    check_tokenizer(tokenizer)
     retain_log = check_questions(sets, retain_log)
     questions = {name: list(sets[name]) for name in SETS}
     log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
@@ -135,6 +142,16 @@ def summary(log: Mapping[str, dict]) -> dict[str, float]:
     """
     values = {column: log[metric]["agg_value"] for column, metric in SUMMARY.items() if metric in log}
     return {column: value for column, value in values.items() if value is not None}
+
+
+def check_sizes(batch_size: int, max_new_tokens: int) -> None:
+    """Check two settings of `evaluate_tofu`.
+
+    Raises:
+        ValueError: one is below 1.
+    """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"batch_size, max_new_tokens: {batch_size} and {max_new_tokens} must both be 1 or more.")
 
 
 def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike | dict | None) -> dict | None:
@@ -183,6 +200,8 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
                     f"row {index} of the question set {name!r} has {empty[0]!r} in perturbed_answer; give text there, "
                     "or drop it."
                 )
+    if "holdout" in sets:
+        _check_holdout(sets)
     if retain_log is None:
         return None
     retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
@@ -192,13 +211,13 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
             f"retain_log has {count} truth ratios but the forget set has {len(sets['forget'])} questions; give the "
             "log of a retain-only model on the same forget set."
         )
-    # Token by token decoded answers may differ in their spaces, so a few others do not matter.
+    # Token by token decoded answers may differ in their spaces, or in a character that a tokenizer does not know.
     texts = read_answers(retain_log)
     others = sum(
         "".join(text.split()) != "".join(answer.split())
         for text, answer in zip(texts, sets["forget"]["answer"], strict=False)
     )
-    if 2 * others > count:
+    if others > MOST_OTHERS * count:
         raise ValueError(
             f"retain_log is of another forget set: {others} of its {count} answers are others; give the log of a "
             "retain-only model on the same forget set."
@@ -206,6 +225,19 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
     if "holdout" in sets:
         _check_attacks(retain_log, {half: len(sets[half]) for half in ("forget", "holdout")})
     return retain_log
+
+
+def _check_holdout(sets: Mapping[str, Dataset]) -> None:
+    """Check that no holdout row is one that the model may have seen, which would make the attacks look defeated."""
+    rows = list(zip(sets["holdout"]["question"], sets["holdout"]["answer"], strict=True))
+    for name in ("forget", "retain"):
+        seen = set(zip(sets[name]["question"], sets[name]["answer"], strict=True))
+        both = [index for index, row in enumerate(rows) if row in seen]
+        if both:
+            raise ValueError(
+                f"{len(both)} rows of the question set 'holdout' are in {name!r} too, the first of them row {both[0]} "
+                "(counted from 0); give rows that the model never saw."
+            )
 
 
 def _check_attacks(retain_log: dict, counts: dict[str, int]) -> None:
