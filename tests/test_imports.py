@@ -11,24 +11,25 @@ PACKAGE = Path(__file__).parent.parent / "src" / "rfa_llm"
 # What each room may import of the package; longer names are rooms of their own.
 ALLOWED = {
     "blocks": set(),
+    "files": set(),
     "shifts": set(),
     "residuals": {"blocks"},
     "unlearning_config": set(),
     "config": {"shifts", "unlearning_config"},
     "data": {"data"},
     "adapters": {"memory"},
-    "evaluation": {"evaluation", "data.formats", "adapters"},
-    "feature_cache": {"data"},
+    "evaluation": {"evaluation", "data.formats", "adapters", "files"},
+    "feature_cache": {"data", "files"},
     "reference": {"adapters", "blocks", "residuals", "feature_cache", "calibration"},
     "memory": set(),
-    "checkpoints": {"unlearning_config", "memory"},
-    "receipt": {"checkpoints", "data.formats", "evaluation", "unlearning_config"},
+    "checkpoints": {"unlearning_config", "memory", "files"},
+    "receipt": {"checkpoints", "data.formats", "evaluation", "files", "unlearning_config"},
     "card": set(),
     "hub": {"card", "receipt", "data.formats"},
     "unlearning_trainer": {"adapters", "blocks", "data", "memory", "checkpoints", "unlearning_config"}
     | {"card", "hub", "receipt"},
     "rivals": {"rivals", "unlearning_config", "unlearning_trainer"}
-    | {"blocks", "residuals", "reference", "data", "checkpoints"},
+    | {"adapters", "blocks", "residuals", "reference", "data", "checkpoints"},
     "calibration": {"adapters", "data", "evaluation", "memory"},
     "trainer": {"adapters", "blocks", "residuals", "shifts", "reference", "config", "unlearning_trainer"}
     | {"calibration", "checkpoints", "data", "feature_cache", "receipt"},
@@ -45,7 +46,7 @@ ALLOWED = {
         "progress",
         "receipt",
     },
-    "report": {"report", "benchmark.picture", "evaluation", "receipt"},
+    "report": {"report", "benchmark.picture", "evaluation", "files", "receipt"},
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .data.pairing import first_counted, pad_rows
+from .files import written_whole
 
 logger = logging.get_logger(__name__)
 
@@ -66,12 +66,8 @@ def row_features(
 def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
+    with written_whole(path) as part:
         save_file(tensors, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class FeatureRows:

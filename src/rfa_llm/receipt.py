@@ -37,6 +37,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 from .checkpoints import KEPT, ORDER, own_settings
 from .data.formats import content
 from .evaluation.scores import encoded_answer_scores
+from .files import written_whole
 from .unlearning_config import UnlearningConfig
 
 RECEIPT_NAME = "forget_receipt.json"
@@ -374,12 +375,10 @@ def as_text(receipt: dict) -> str:
 def write_receipt(folder: str | os.PathLike, receipt: dict, salt: str) -> None:
     """Write the receipt, and its salt for the owner's eyes alone, each whole or not at all."""
     for name, text in ((SALT_NAME, f"{salt}\n"), (RECEIPT_NAME, as_text(receipt))):
-        part = Path(folder) / f".{name}.part"
-        part.unlink(missing_ok=True)
-        part.touch(mode=0o600 if name == SALT_NAME else 0o666)
-        # As bytes, with the same line ends everywhere.
-        part.write_bytes(text.encode())
-        os.replace(part, Path(folder) / name)
+        with written_whole(Path(folder) / name) as part:
+            part.touch(mode=0o600 if name == SALT_NAME else 0o666)
+            # As bytes, with the same line ends everywhere.
+            part.write_bytes(text.encode())
 
 
 def read_receipt(folder: str | os.PathLike) -> dict:

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from rfa_llm.evaluation.metrics import truth_ratio
+from rfa_llm.files import written_whole
 
 # The second is the spelling of OpenUnlearning's older logs.
 FORGET_TRUTH_RATIO_KEYS = ("forget_truth_ratio", "forget_Truth_Ratio")
 
 
 def write_log(log: dict, path: str | os.PathLike) -> None:
-    """Write a log as JSON, whole or not at all: a crash leaves the file that was there.
+    """Write a log, or another object, as JSON, whole or not at all: a crash leaves the file that was there.
 
     Args:
         log: as `rfa_llm.evaluation.suite.evaluate_tofu` returns it.
@@ -32,9 +33,8 @@ def write_log(log: dict, path: str | os.PathLike) -> None:
     path = Path(path)
     text = json.dumps(log, indent=4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_log(path: str | os.PathLike, field: str = "log") -> dict:
