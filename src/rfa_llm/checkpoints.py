@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import written_whole
 from .memory import gathered
 from .unlearning_config import UnlearningConfig
 
@@ -33,7 +33,10 @@ FREE = {
     "hub_base_model",
 }
 # Inherited settings that a resumed Trainer would drop without a word: it goes on with the checkpoint's own.
-KEPT = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "bf16", "fp16")
+KEPT = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+)
 # Inherited settings that say which rows a step sees.
 ORDER = ("seed", "data_seed", "train_sampling_strategy")
 # Fields of an adapter's configuration that say where it came from, not what it is.
@@ -167,9 +170,8 @@ def _computed_with(fields_of_config: dict) -> dict:
 
 def write_method_state(folder: Path, vectors: torch.Tensor, fingerprint: dict[str, str]) -> None:
     """Put the method's vectors and the fingerprint into a checkpoint, in one move: from then on it is whole."""
-    part = folder / f".{METHOD_STATE_NAME}.part"
-    save_file({"vectors": vectors}, part, metadata=fingerprint)
-    os.replace(part, folder / METHOD_STATE_NAME)
+    with written_whole(folder / METHOD_STATE_NAME) as part:
+        save_file({"vectors": vectors}, part, metadata=fingerprint)
 
 
 def read_method_state(folder: str, fingerprint: dict[str, str]) -> torch.Tensor:

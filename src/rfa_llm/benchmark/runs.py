@@ -28,8 +28,8 @@ from rfa_llm.unlearning_trainer import DEFAULT_LORA, UnlearningTrainer
 
 # What `evaluate_tofu` reads in a retain-only model's log: numbers alone, none of the text.
 COMPARED_WITH = ("forget_truth_ratio", "mia_loss", "mia_min_k")
-# Inherited settings that change what is learnt in a step, beside those that a checkpoint keeps.
-STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Inherited settings that say how many rows a step sees.
+STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # A model's truth ratios on so many questions tell it from another: their logarithms are 0.01 apart in the mean where
 # dtype or machine differ, and 0.15 or more between SmolLM2's target and its retain-only model on rows that both know.
 LOOK_QUESTIONS, SAME_MODEL = 16, 0.05
