@@ -293,11 +293,16 @@ def test_an_adapter_that_is_no_sum_of_weights(arguments, saved_llama, tmp_path):
 def test_the_base_is_the_revision_that_the_adapter_was_trained_on(
     arguments, saved_llama, tmp_path, tokenizer, monkeypatch
 ):
-    """A Hub cache of two revisions, of which `main` has one block more and would be refused."""
+    """A Hub cache of two revisions, of which `main` has one block more and would be refused, and of another
+    repository, which has no such revision."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    repo = tmp_path / "hub" / "models--us--tiny"
-    (repo / "refs").mkdir(parents=True)
-    for name, commit, layers in (("main", "a" * 40, 3), ("old", "b" * 40, 2)):
+    for model, name, commit, layers in (
+        ("tiny", "main", "a" * 40, 3),
+        ("tiny", "old", "b" * 40, 2),
+        ("moved", "main", "b" * 40, 2),
+    ):
+        repo = tmp_path / "hub" / f"models--us--{model}"
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
         (repo / "refs" / name).write_text(commit)
         tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=layers).save_pretrained(
             repo / "snapshots" / commit
@@ -310,9 +315,12 @@ def test_the_base_is_the_revision_that_the_adapter_was_trained_on(
         + ["--forget_dataset", str(tmp_path / "forget.jsonl"), "--retain_dataset", str(tmp_path / "retain.jsonl")]
         + ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--lora_r", "4", "--save_strategy", "no"]
     )
-    args = arguments(adapter_name_or_path=str(tmp_path / "unlearned"))
-    merge(args)
-    assert AutoModelForCausalLM.from_pretrained(args.output_dir).config.num_hidden_layers == 2
+    for name, base in (("its own", None), ("given", "us/moved")):
+        args = arguments(
+            adapter_name_or_path=str(tmp_path / "unlearned"), model_name_or_path=base, output_dir=str(tmp_path / name)
+        )
+        merge(args)
+        assert AutoModelForCausalLM.from_pretrained(args.output_dir).config.num_hidden_layers == 2
 
 
 def test_the_command_prints_the_figures(arguments, adapter, capsys):

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import get_quantization_config
 
-from rfa_llm.adapters import on_its_base, read_adapter
-from rfa_llm.cli.main import DTYPES
-from rfa_llm.cli.settings import read_settings
+from rfa_llm.adapters import base_revision, on_its_base, read_adapter
+from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.cli.unlearn import UnlearnModelConfig
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import next_token_kl, next_token_logits
@@ -125,7 +124,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
             f"{args.adapter_name_or_path!r} was trained on."
         )
     # As `rfa-llm unlearn --model_revision` wrote it into the adapter.
-    source = {"revision": adapter.revision or "main"}
+    source = base_revision(adapter.revision, args.model_name_or_path)
     rows = load_rows(args.sample_dataset, "sample_dataset", args.sample_config, args.dataset_split)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_name, **source)

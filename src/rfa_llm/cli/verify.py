@@ -19,11 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rfa_llm.adapters import on_its_base
+from rfa_llm.adapters import base_revision, on_its_base
 from rfa_llm.card import has_figures_of
 from rfa_llm.checkpoints import base_config_digest, base_model_digest
-from rfa_llm.cli.main import leading_words
-from rfa_llm.cli.settings import read_settings
+from rfa_llm.cli.settings import leading_words, read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import CARD_NAME
@@ -59,7 +58,7 @@ class VerifyArguments:
     )
     forget: str | None = field(
         default=None,
-        metadata={"help": "Rows that should be in the request: a .jsonl, .csv or .parquet file, or a Hub id."},
+        metadata={"help": "Rows that should be in the request: a .jsonl, .json, .csv or .parquet file, or a Hub id."},
     )
     forget_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     retain: str | None = field(default=None, metadata={"help": "The whole retain set, likewise."})
@@ -273,23 +272,19 @@ def finished(receipt: dict, checks: list, why: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame([*checks, *lines], columns=["check", "passed", "found"]).astype({"passed": "boolean"})
 
 
-def revision(args: VerifyArguments) -> dict[str, str]:
-    """That of the adapter's own base; a base that is given stands for itself."""
-    named = read_adapter_config(args.folder)["revision"]
-    return {"revision": named} if args.model_name_or_path is None and named else {}
-
-
 def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
     """The base as it was loaded for the training: in the same dtype, quantized in the same way."""
     base = receipt["base_model"]
-    name = args.model_name_or_path or read_adapter_config(args.folder)["base_model_name_or_path"]
+    config = read_adapter_config(args.folder)
+    name = args.model_name_or_path or config["base_model_name_or_path"]
     if not name:
         raise ValueError(
             "model_name_or_path: none is given, and the adapter's base was handed over in memory; give the id or path "
             "of the same weights."
         )
     device = PartialState(cpu=args.use_cpu).device
-    settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision(args)}
+    revision = base_revision(config["revision"], args.model_name_or_path)
+    settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision}
     # Checkpoints that are quantized themselves need no word.
     if base["quantization"] is not None and base["quantization"]["quant_method"] == "bitsandbytes":
         settings["quantization_config"] = BitsAndBytesConfig.from_dict(base["quantization"])
@@ -303,7 +298,8 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
 
 def load_tokenizer(args: VerifyArguments, base: str, beside: bool) -> PreTrainedTokenizerBase:
     """The run's tokenizer, beside its adapter; the base's where none lies there."""
-    name, source, more = ("folder", args.folder, {}) if beside else ("model_name_or_path", base, revision(args))
+    revision = base_revision(read_adapter_config(args.folder)["revision"], args.model_name_or_path)
+    name, source, more = ("folder", args.folder, {}) if beside else ("model_name_or_path", base, revision)
     try:
         return AutoTokenizer.from_pretrained(source, **more)
     except (OSError, ValueError) as error:
