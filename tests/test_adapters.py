@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 
-from rfa_llm.adapters import computing_in_model_dtype, read_adapter, scale_adapter
+from rfa_llm.adapters import adapter_off, computing_in_model_dtype, read_adapter, scale_adapter
 from rfa_llm.evaluation.scores import next_token_logits
 
 CPU = torch.device("cpu")
@@ -111,3 +111,12 @@ def test_a_configuration_that_peft_cannot_read_is_no_adapter(config, tmp_path):
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(ValueError, match="^adapter_name_or_path: .* is no adapter .*; pass the folder"):
         read_adapter(str(tmp_path))
+
+
+def test_what_was_frozen_stays_frozen_when_something_fails_with_the_adapter_off():
+    model = adapted(torch.float32)
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), adapter_off(model):
+        raise KeyboardInterrupt
+    assert [parameter.requires_grad for parameter in model.parameters()] == before

@@ -20,14 +20,16 @@ from .memory import held_values
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """Switch the adapters off inside the context, without a graph: the model is its own reference there."""
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.no_grad(), model.disable_adapter():
-        # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
-        # reads in the first forward which weights train, so they must never look frozen.
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            # peft freezes the adapter here, and on the way out lets all of it train, also what had been frozen. FSDP2
+            # reads in the first forward which weights train, so they must never look frozen.
+            for parameter, train in trains:
+                parameter.requires_grad_(train)
+            yield
+    finally:
         for parameter, train in trains:
             parameter.requires_grad_(train)
-        yield
-    for parameter, train in trains:
-        parameter.requires_grad_(train)
 
 
 @torch.no_grad()
@@ -87,6 +89,16 @@ def read_adapter(adapter: str) -> PeftConfig:
             "base's weights; pass a LoRA adapter."
         )
     return config
+
+
+def base_revision(revision: str | None, given: str | None) -> dict[str, str]:
+    """The `revision` to load an adapter's base with, as an argument of `from_pretrained`; none where there is none.
+
+    Args:
+        revision: The adapter's, which is of the base that it names.
+        given: The base that is given in its place, which stands for itself.
+    """
+    return {"revision": revision} if revision and given is None else {}
 
 
 def on_its_base(model: PreTrainedModel, adapter: str) -> PeftModel:
