@@ -1,6 +1,7 @@
 """The subcommands on a tiny model: recipes, results on disk, and how bad input ends."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 from conftest import tiny_llama, tiny_lora
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rfa_llm.cli import evaluate, finetune, unlearn
@@ -107,6 +109,22 @@ def test_finetune_lowers_the_loss_of_its_rows(use_peft, saved_llama, data_dir, t
         for path in (saved_llama, out)
     )
     assert after.mean() < 0.7 * before.mean()
+
+
+def test_finetune_goes_on_from_a_checkpoint_and_refuses_what_it_would_not_do(saved_llama, data_dir, tmp_path):
+    words = ["--model_name_or_path", saved_llama, "--train_dataset", str(data_dir / "forget.jsonl"), "--use_cpu"]
+    words += ["--report_to", "none", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    finetune.main([*words, "--output_dir", str(tmp_path / "whole")])
+    half = tmp_path / "whole" / "checkpoint-2"
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-4")
+    finetune.main([*words, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(half)])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "resumed" / "checkpoint-2").exists()
+    with pytest.raises(ValueError, match="^load_in_4bit, load_in_8bit: a whole model is saved here"):
+        finetune.main([*words, "--output_dir", str(tmp_path / "small"), "--load_in_4bit"])
+    with pytest.raises((ValueError, ImportError), match="no_such_attention"):
+        finetune.main([*words, "--output_dir", str(tmp_path / "other"), "--attn_implementation", "no_such_attention"])
 
 
 def test_bad_input_is_one_sentence_and_a_failing_exit(saved_llama, data_dir, tmp_path):

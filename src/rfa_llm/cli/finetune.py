@@ -60,6 +60,13 @@ class FinetuneModelConfig(ModelConfig):
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.load_in_4bit or self.load_in_8bit:
+            raise ValueError(
+                "load_in_4bit, load_in_8bit: a whole model is saved here, in full precision; leave them out."
+            )
+
 
 def load_gguf(model_name_or_path: str, gguf_file: str, dtype: str | torch.dtype) -> PreTrainedModel:
     """A GGUF checkpoint as a plain model, which can be trained and saved; its weights are dequantized by then."""
@@ -106,10 +113,11 @@ def finetune(
     """Train as `finetune_trainer` says, and save model and tokenizer in `args.output_dir`.
 
     With a `peft_config` an adapter is trained, on every block unless the config says otherwise, and merged.
+    `args.resume_from_checkpoint` is the checkpoint to go on from.
     """
     if peft_config is not None:
         model = get_peft_model(model, placed(peft_config, model, num_blocks(model.config) - 1))
-    finetune_trainer(model, tokenizer, dataset, args).train()
+    finetune_trainer(model, tokenizer, dataset, args).train(resume_from_checkpoint=args.resume_from_checkpoint)
     if peft_config is not None:
         model = model.merge_and_unload()
     model.save_pretrained(args.output_dir)
@@ -130,5 +138,7 @@ def main(argv: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     else:
         model = load_gguf(model_args.model_name_or_path, data_args.gguf_file, model_args.dtype)
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
     finetune(model, tokenizer, dataset, training_args, get_peft_config(model_args))
     print(f"Model saved to {training_args.output_dir}.")
