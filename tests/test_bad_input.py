@@ -70,6 +70,7 @@ def test_a_tokenizer_without_pad_and_end_token(make_trainer, tokenizer):
     ("setting", "message"),
     [
         ({"alpha": 0.0}, "alpha: 0.0 is not positive; give a number above 0"),
+        ({"alpha": float("inf")}, "alpha: inf is not finite; give a number above 0"),
         ({"alpha": "4"}, "alpha: '4' is text; give a number above 0"),
         ({"learning_rate": -1.0}, "learning_rate: -1.0 is not positive; give a number above 0"),
         ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2 is not positive"),

@@ -295,6 +295,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(make_trainer, forget, re
         # A resumed Trainer would keep the old one and say nothing.
         "learning_rate": ({"learning_rate": 0.5}, {}),
         "weight_decay": ({"weight_decay": 0.5}, {}),
+        "adam_beta2": ({"adam_beta2": 0.95}, {}),
         "bf16": ({"bf16": True}, {}),
     }
     for field, (changed, kwargs) in others.items():
@@ -317,6 +318,20 @@ def test_a_checkpoint_of_another_teacher_of_the_same_name_is_refused(make_traine
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="^teacher: .*checkpoint-2' was trained with .*teacher .* but this run has"):
         make_trainer({**config, "max_steps": 3}, model=saved_llama).train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_teacher_is_loaded_from_where_the_model_is(make_trainer, saved_llama, tmp_path):
+    repo = tmp_path / "hub" / "models--us--base"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    tiny_llama(initializer_range=0.1).save_pretrained(repo / "snapshots" / ("a" * 40))
+    config = {"shift": "ignorant", "teacher": "us/base", "max_steps": 1}
+    place = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    trainer = make_trainer({**config, "model_init_kwargs": place}, model=saved_llama)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_forget"] > 0
+    with pytest.raises(ValueError, match="^teacher: 'us/base' is no model"):
+        make_trainer(config, model=saved_llama)
 
 
 def test_a_checkpoint_of_sharded_optimizers_is_refused_without_them(make_trainer, monkeypatch):

@@ -44,7 +44,7 @@ from .data.formats import check_disjoint, load_rows, prepare, spread
 from .data.pairing import PairCollator, flatten_rows
 from .feature_cache import FeatureCache, batches, has_room_for
 from .receipt import public_name
-from .unlearning_trainer import UnlearningTrainer
+from .unlearning_trainer import SOURCE, UnlearningTrainer
 
 # Relative difference of features that rounding makes in bfloat16 at most; another row or other weights make more.
 ROUNDING = 0.05
@@ -582,7 +582,10 @@ class RFATrainer(UnlearningTrainer):
     def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
         """Let the teacher run over the sets, unless its features are on disk already, and open them."""
         whole = "the whole checkpoint from before the fine-tuning, no adapter"
-        teacher_config = read_config(args.teacher, "teacher", whole)
+        settings = args.model_init_kwargs or {}
+        # The revision is the model's.
+        source = {name: settings[name] for name in SOURCE if name in settings and name != "revision"}
+        teacher_config = read_config(args.teacher, "teacher", whole, **source)
         check_decoder_only(teacher_config, args.teacher)
         for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
             ours = getattr(config.get_text_config(decoder=True), field)
@@ -592,7 +595,7 @@ class RFATrainer(UnlearningTrainer):
                     f"teacher: {args.teacher!r} has {field}={theirs}, but the model {ours}; pass the checkpoint that "
                     "the model was fine-tuned from."
                 )
-        dtype = (args.model_init_kwargs or {}).get("dtype", "auto")
+        dtype = settings.get("dtype", "auto")
         path = reference.teacher_features_path(
             args.output_dir,
             args.teacher,
@@ -616,7 +619,7 @@ class RFATrainer(UnlearningTrainer):
                     pad_token_id,
                     2 * args.per_device_train_batch_size,
                     args.device,
-                    {"dtype": dtype},
+                    {"dtype": dtype, **source},
                 )
         return reference.TeacherFeatures(path, self.aligned, len(forget))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +25,7 @@ class UnlearningConfig(TrainingArguments):
         max_length (`int`, *optional*, defaults to `1024`): Tokens kept of a row, from its start.
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained` where the model is an id or
             path. `dtype` is `"auto"` unless given. `revision`, `trust_remote_code`, `token`, `cache_dir` and
-            `local_files_only` are the tokenizer's too.
+            `local_files_only` are the tokenizer's too, and all but `revision` a teacher's.
         overwrite_output_dir (`bool`, defaults to `False`): Whether to write over an adapter in `output_dir`.
         forgotten (`str`, *optional*): For the model card: what is forgotten, in your own words, without a row or a
             name of the forget set. `push_to_hub` needs it.
@@ -134,6 +135,8 @@ class UnlearningConfig(TrainingArguments):
                 raise ValueError(f"{name}: {value} is not positive; give a number above 0.")
             if whole and not isinstance(value, int):
                 raise ValueError(f"{name}: {value} is no whole number; give 1, 2 or more.")
+            if math.isinf(value):
+                raise ValueError(f"{name}: {value} is not finite; give a number above 0.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
