@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from rfa_llm.card import Words, model_card
 from rfa_llm.cli.demo import make_tokenizer
-from rfa_llm.cli.main import leading_words
+from rfa_llm.cli.settings import leading_words
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.hub import base_on_hub, check_private, check_said, check_words, files_to_publish, hub_sentences, publish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -224,20 +225,25 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
     return rows.select(indices)
 
 
+def planned(
+    args: BenchmarkArguments, name: str, learning_rate: float, seed: int, rows: str, scored: dict[str, object]
+) -> Run:
+    """One run of a method; `rows` and `scored` as `Run` has them."""
+    settings = {"use_cpu": args.use_cpu, **(args.training or {}), **args.methods[name]}
+    settings.pop("learning_rates", None)
+    return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored)
+
+
 def benchmark(args: BenchmarkArguments) -> str:
-    """Run what is missing, write the table and the picture, and return the table."""
+    """Run what is missing, write the table and the picture, and return the table.
 
-    scored = {"max_new_tokens": args.max_new_tokens, "holdout": None}
-    rows = ""
-
-    def prepared(name: str, learning_rate: float, seed: int) -> Run:
-        settings = {"use_cpu": args.use_cpu, **(args.training or {}), **args.methods[name]}
-        settings.pop("learning_rates", None)
-        return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored)
-
+    Raises:
+        ValueError: A setting, a set, a model or a result that is there is not what it should be; before any training
+            where that can be.
+    """
     # A wrong setting ends it now and not after hours.
     for name in args.methods:
-        identity(prepared(name, args.learning_rates[0], args.seeds[0]))
+        identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
 
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
@@ -251,7 +257,7 @@ def benchmark(args: BenchmarkArguments) -> str:
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
     sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
-    holdout = None
+    holdout, scored = None, {"max_new_tokens": args.max_new_tokens, "holdout": None}
     if args.holdout_dataset is not None:
         # Some rows are for the membership attacks, others for what stops by itself, so that it is not scored on what
         # it has seen. Drawn, because TOFU asks every author the same kinds of question in the same order.
@@ -264,6 +270,7 @@ def benchmark(args: BenchmarkArguments) -> str:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder, results)
     rows = rows_digest(forget, retain, sets)
+    prepared = partial(planned, args, rows=rows, scored=scored)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
     def whole(name: str, model: str) -> dict:

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
@@ -34,6 +33,7 @@ from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import summary
 from rfa_llm.evaluation.suite import check_sizes
 from rfa_llm.progress import bar_alone
+from rfa_llm.receipt import versions
 from rfa_llm.shifts import SHIFTS
 from rfa_llm.trainer import RFATrainer
 
@@ -260,7 +260,7 @@ def demo(args: DemoArguments) -> dict:
             "rfa": {name: getattr(config, name) for name in ("shift", "alpha", "learning_rate", "num_train_epochs")},
             **({} if own else {"llama": LLAMA, "pretrain": PRETRAIN, "finetune": FINETUNE}),
         },
-        "versions": {name: version(name) for name in ("rfa-llm", "torch", "transformers", "peft", "datasets", "trl")},
+        "versions": versions(),
         "seconds": round(time.perf_counter() - start, 1),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=4), encoding="utf-8")

@@ -10,8 +10,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rfa_llm.adapters import on_its_base, read_adapter
-from rfa_llm.cli.main import DTYPES
-from rfa_llm.cli.settings import read_settings
+from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log

@@ -27,23 +27,6 @@ COMMANDS = {
 }
 
 
-# Of every subcommand; argparse's own would list hundreds of settings before each error.
-USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
-
-# Of every subcommand that loads a model.
-DTYPES = ["auto", "bfloat16", "float16", "float32"]
-
-
-def leading_words(argv: list[str], *names: str) -> list[str]:
-    """The arguments with the words before the first `--` as the settings of these names, which may so be left out."""
-    words = []
-    for name, word in zip(names, argv, strict=False):
-        if word.startswith("-"):
-            break
-        words += [f"--{name}", word]
-    return [*words, *argv[len(words) // 2 :]]
-
-
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input, or Ctrl-C, ends it with one sentence and exit code 1, `--debug` with the
     traceback."""

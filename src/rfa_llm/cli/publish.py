@@ -8,8 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 
 from rfa_llm.card import Words
-from rfa_llm.cli.main import leading_words
-from rfa_llm.cli.settings import read_settings
+from rfa_llm.cli.settings import leading_words, read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.hub import base_on_hub, publish

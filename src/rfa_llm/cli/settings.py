@@ -9,7 +9,21 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
-from rfa_llm.cli.main import USAGE
+# argparse's own usage would list hundreds of settings before each error.
+USAGE = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...] [--debug]"
+
+# Of every subcommand that loads a model.
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
+
+
+def leading_words(argv: list[str], *names: str) -> list[str]:
+    """The arguments with the words before the first `--` as the settings of these names, which may so be left out."""
+    words = []
+    for name, word in zip(names, argv, strict=False):
+        if word.startswith("-"):
+            break
+        words += [f"--{name}", word]
+    return [*words, *argv[len(words) // 2 :]]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -10,12 +10,12 @@ from transformers import TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rfa_llm.calibration import MENDS, final_look
-from rfa_llm.cli.main import DTYPES
-from rfa_llm.cli.settings import read_settings
+from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import load_rows
 from rfa_llm.receipt import FIGURE_ROWS, read_receipt
 from rfa_llm.trainer import RFATrainer
+from rfa_llm.unlearning_trainer import DEFAULT_LORA
 
 
 @dataclass
@@ -56,8 +56,8 @@ class UnlearnModelConfig(ModelConfig):
         },
     )
     use_peft: bool = field(default=True, metadata={"help": "Must stay on: RFA is a LoRA method."})
-    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    lora_r: int = field(default=DEFAULT_LORA["r"], metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=DEFAULT_LORA["lora_alpha"], metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
     load_in_4bit: bool = field(
         default=False,
