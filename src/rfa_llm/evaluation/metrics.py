@@ -140,19 +140,24 @@ def model_utility(values: Sequence[float]) -> float:
     return float(scipy.stats.hmean(np.asarray(values, dtype=np.float64)))
 
 
-def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
-    """The p-value of a two-sample Kolmogorov-Smirnov test between truth ratios (`scipy.stats.ks_2samp`).
+def forget_test(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]):
+    """The two-sample Kolmogorov-Smirnov test between truth ratios (`scipy.stats.ks_2samp`) of the forget quality.
 
     Args:
         unlearned_ratios: the unlearned model's raw truth ratios on the forget set.
         retain_ratios: those of a model trained on the retain set alone, on the same questions.
 
     Returns:
-        p-value in [0, 1]; near 1 where the two models cannot be told apart.
+        scipy's result, with `pvalue`, `statistic` and `statistic_location`, a truth ratio.
 
     Raises:
         ValueError: one of the two is empty.
     """
     if not len(unlearned_ratios) or not len(retain_ratios):
         raise ValueError("forget_quality got no truth ratios of one model; give those of both.")
-    return float(scipy.stats.ks_2samp(unlearned_ratios, retain_ratios).pvalue)
+    return scipy.stats.ks_2samp(unlearned_ratios, retain_ratios)
+
+
+def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
+    """The p-value of `forget_test`, in [0, 1]; near 1 where the two models cannot be told apart."""
+    return float(forget_test(unlearned_ratios, retain_ratios).pvalue)

@@ -6,13 +6,16 @@ import base64
 import os
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from rfa_llm.evaluation.metrics import forget_test
+from rfa_llm.files import written_whole
 from rfa_llm.report import figures
-from rfa_llm.report.runs import Run, answers, forget_test, logged_steps, residuals, scores
+from rfa_llm.report.runs import Run, answers, logged_steps, residuals, scores
 
 # Of both pages; the templates have it too.
 TITLE = "Unlearning report"
@@ -95,17 +98,12 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
         opening = text[: text.index(TITLE) + len(TITLE)].encode()
         if page.exists() and not (page.is_file() and page.read_bytes().startswith(opening)):
             raise ValueError(f"output_file: {str(page)!r} is there, and no report; give another name.")
-    parts = {page: page.with_name(f".{page.name}.part") for page in pages}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            for page, part in parts.items():
-                part.write_bytes(pages[page].encode())
-            for page, part in parts.items():
-                os.replace(part, page)
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+        # Both are written before one of them takes its place.
+        with ExitStack() as stack:
+            for page, text in pages.items():
+                stack.enter_context(written_whole(page)).write_bytes(text.encode())
     except OSError as error:
         raise ValueError(
             f"output_file: {str(path)!r} cannot be written ({error.strerror}); give another name."

@@ -8,12 +8,12 @@ from math import isclose
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import ks_2samp
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.evaluation.log import forget_truth_ratios
+from rfa_llm.evaluation.metrics import forget_quality
 from rfa_llm.receipt import RECEIPT_NAME, read_receipt
 
 # The models whose logs a report holds side by side, and the option that names each log.
@@ -122,7 +122,7 @@ def _check(paths: dict[str, Path], logs: dict[str, dict], truth_ratios: dict[str
     for name, log in logs.items():
         said = summary(log).get("forget_quality")
         if name != "retain-only" and "retain-only" in logs and said is not None:
-            found = forget_test(truth_ratios[name], truth_ratios["retain-only"]).pvalue
+            found = forget_quality(truth_ratios[name], truth_ratios["retain-only"])
             if not isclose(said, found, rel_tol=1e-3, abs_tol=1e-12):
                 raise ValueError(
                     f"retain_log: against {paths['retain-only']} the forget quality in {paths[name]} would be "
@@ -130,16 +130,11 @@ def _check(paths: dict[str, Path], logs: dict[str, dict], truth_ratios: dict[str
                 )
 
 
-def forget_test(ratios: np.ndarray, retain_ratios: np.ndarray):
-    """The two-sample Kolmogorov-Smirnov test whose p-value is the forget quality (`scipy.stats.ks_2samp`)."""
-    return ks_2samp(ratios, retain_ratios)
-
-
 def scores(run: Run, name: str) -> dict[str, float]:
     """The summary of a log, with the forget quality where there is a retain-only log to hold it against."""
     values = summary(run.logs[name])
     if name != "retain-only" and "retain-only" in run.logs:
-        values["forget_quality"] = float(forget_test(run.truth_ratios[name], run.truth_ratios["retain-only"]).pvalue)
+        values["forget_quality"] = forget_quality(run.truth_ratios[name], run.truth_ratios["retain-only"])
     return values
 
 
