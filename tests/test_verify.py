@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_llama, tiny_rows, tiny_tokenizer
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
@@ -206,16 +206,20 @@ configs:
 
 
 def test_sets_of_the_hub_are_named_as_for_the_training(adapter, forget, tmp_path, monkeypatch):
-    # A folder is read as a Hub dataset is, without the network.
+    # `datasets` reads a folder as it reads a Hub dataset, without the network.
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    repos = {"me/rows": str(tmp_path)}
+    monkeypatch.setattr(
+        "rfa_llm.data.formats.load_dataset", lambda name, *of, **at: load_dataset(repos[name], *of, **at)
+    )
     (tmp_path / "README.md").write_text(HUB_CARD)
     config = {"forget_config": "forget10", "retain_config": "retain90"}
-    checks = verified(adapter, forget=str(tmp_path), retain=str(tmp_path), dataset_split="test", **config)
+    checks = verified(adapter, forget="me/rows", retain="me/rows", dataset_split="test", **config)
     assert checks["passed"].fillna(False).all(), checks.to_string()
-    with pytest.raises(ValueError, match="train"):
-        verified(adapter, forget=str(tmp_path), **config)
+    with pytest.raises(ValueError, match="^forget: 'me/rows' cannot be loaded from the Hub .*train"):
+        verified(adapter, forget="me/rows", **config)
 
-    words = ["--base_model", "me/base", "--forgotten", forget[1]["answer"], "--forget_dataset", str(tmp_path)]
+    words = ["--base_model", "me/base", "--forgotten", forget[1]["answer"], "--forget_dataset", "me/rows"]
     words += ["--forget_config", "forget10", "--dataset_split", "test"]
     with pytest.raises(ValueError, match="^forgotten: text of row 1 of the forget set is in README.md"):
         publish_cli.main([str(adapter), "me/adapter", *words])

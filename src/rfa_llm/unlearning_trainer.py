@@ -75,7 +75,7 @@ class UnlearningTrainer(Trainer):
 
     The base weights never move, and the reference is the same model with its adapter off. A method may override
     `_before_data`, `_make_pairs`, `_before_model`, `_last_adapted_block`, `_check_model`, `_make_collator`,
-    `_count_tokens`, `_method_fingerprint`, `_method_state` and `_load_method_state`; `__init__` calls the first six.
+    `_method_fingerprint`, `_count_tokens`, `_method_state` and `_load_method_state`; `__init__` calls the first seven.
     `method` is its name.
 
     Args:

@@ -38,7 +38,8 @@ class RivalConfig(UnlearningConfig):
         npo_beta (`float`, defaults to `0.1`): Inverse temperature β of NPO, positive (arXiv 2404.05868).
         simnpo_beta (`float`, defaults to `4.5`): β of SimNPO, positive (arXiv 2410.07163, its authors' repository for
             TOFU forget10; OpenUnlearning).
-        simnpo_gamma (`float`, defaults to `0.0`): Reward margin γ of SimNPO, 0 or more (likewise).
+        simnpo_gamma (`float`, defaults to `0.0`): Reward margin γ of SimNPO, 0 or more (likewise; it stands outside of
+            β, so that it is β·δ of OpenUnlearning's δ).
         dpo_beta (`float`, defaults to `0.1`): β of IdkDPO, positive (OpenUnlearning).
         blocks (`list[int]`, *optional*): Decoder blocks whose output RMU (one) and circuit breakers (one or more)
             steer, from 0, negative from the end. By default block 7, or the last one of a shallower model, for RMU

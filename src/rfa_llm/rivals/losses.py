@@ -132,7 +132,8 @@ def undial(
         strength: γ, in logits.
         num_tokens: As in the module's docstring.
     """
-    target = reference_logits.float() - strength * F.one_hot(labels, logits.shape[-1])
+    taken = torch.full_like(labels, -strength, dtype=torch.float32)
+    target = reference_logits.float().scatter_add(-1, labels[:, None], taken[:, None])
     return F.cross_entropy(logits.float(), target.softmax(-1), reduction="sum") / num_tokens
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .. import reference, residuals
+from ..adapters import adapter_off
 from ..blocks import check_adapter_placement, find_blocks, num_blocks, resolve_blocks
 from ..checkpoints import digest
 from ..data.pairing import PairCollator, pad_rows
@@ -184,7 +185,7 @@ class RivalTrainer(UnlearningTrainer):
     def _reference_answers(self, inputs: dict[str, torch.Tensor], *sets: str) -> list[Answers]:
         """The answers of the adapter-off model, which runs over the named sets' rows alone, without a graph."""
         of_sets = torch.stack([inputs[f"is_{name}"] for name in sets]).any(0)
-        with reference.adapter_off(self._peft_model()):
+        with adapter_off(self._peft_model()):
             return self._answers(self._peft_model(), {name: value[of_sets] for name, value in inputs.items()}, *sets)
 
     def _weighted(self, loss_forget, loss_retain, return_outputs, forget_factor=1.0, retain_factor=1.0):
@@ -386,7 +387,7 @@ class _FeatureTrainer(RivalTrainer):
 
     def _reference_features(self, inputs: dict[str, torch.Tensor], blocks: list[int]) -> tuple[list, list]:
         """Those of the adapter-off model, without a graph."""
-        with reference.adapter_off(self._peft_model()):
+        with adapter_off(self._peft_model()):
             return self._features(self._peft_model(), inputs, blocks)
 
 
