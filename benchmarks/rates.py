@@ -1,0 +1,132 @@
+"""The tables of README.md and docs/benchmark.md that compare RFA with its rivals, from the committed results.
+
+    python benchmarks/rates.py
+
+Prints first each method at the learning rate with the best point of those that have run, at its last step; then every
+run, with its best point beside the last step. Utility is over the target's, scored in the same dtype on the same kind
+of machine (`carry_over.target_utilities`).
+"""
+
+from __future__ import annotations
+
+from statistics import mean, median
+
+from carry_over import RESULTS, computed_in, last, read, spread, target_utilities
+
+from rfa_llm.benchmark import best_learning_rate
+from rfa_llm.benchmark.table import strength
+
+# Beside the runs in results/tofu800, whose calibrated one is of before it scaled the adapter.
+CALIBRATED = {
+    "rfa_calibrated": 'RFA, `stop_at="calibrated"`',
+    "teacher_calibrated": 'RFA with a teacher, `stop_at="calibrated"`',
+    "teacher_holdout_calibrated": 'RFA with a teacher and holdout rows, `stop_at="calibrated"`',
+}
+METHODS = {
+    "rfa": "RFA",
+    "rfa_calibrated": 'RFA, `stop_at="calibrated"`, before it scaled',
+    "teacher_alpha_2": "RFA, teacher, α = 2",
+    "teacher_alpha_4": "RFA, teacher, α = 4",
+    "grad_ascent": "gradient ascent",
+    "grad_diff": "gradient difference",
+    "kl": "KL minimization",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "idk_nll": "IdkNLL",
+    "idk_dpo": "IdkDPO",
+    "rmu": "RMU",
+    "undial": "UNDIAL",
+    "circuit_breaker": "circuit breakers",
+    "asu": "ASU",
+}
+LAST_STEP = {
+    "extraction strength": ("extraction_strength", ".3f"),
+    "forget probability": ("forget_prob", ".3f"),
+    "forget ROUGE": ("forget_rouge", ".3f"),
+    "PrivLeak": ("privleak", ".0f"),
+    "retain ROUGE": ("retain_rouge", ".3f"),
+}
+
+
+def found(method: str, folder: str) -> list[dict]:
+    """A method's results in a folder, of all its rates and seeds."""
+    results = [read(file) for file in sorted((RESULTS / folder).glob(f"{method}_lr*_seed*.json"))]
+    return [result for result in results if result["run"]["method"] == method]
+
+
+def share(summary: dict, result: dict) -> float:
+    """A point's utility over the target's."""
+    return summary["model_utility"] / mean(target_utilities()[computed_in(result)])
+
+
+def at_last_step(results: list[dict]) -> list[str]:
+    """Cells of `LAST_STEP`; over several seeds the mean, with the least and the greatest."""
+    scores = [last(result) for result in results]
+    return [
+        # The retain-only model's own log has no PrivLeak.
+        spread([score[name] for score in scores], digits) if all(name in score for score in scores) else "-"
+        for name, digits in LAST_STEP.values()
+    ]
+
+
+def models() -> dict[str, list[dict]]:
+    return {name: [read(RESULTS / "tofu800" / f"{name}.json")] for name in ("target", "retain-only")}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
+
+
+def at_best_rates() -> str:
+    """Each method at the learning rate whose run has the best point, at its last step; RFA's calibrated runs first."""
+    chosen = {label: found(name, "tofu800_calibrated") for name, label in CALIBRATED.items()}
+    for name, label in METHODS.items():
+        if name.startswith("teacher") or name in CALIBRATED:
+            continue
+        runs = found(name, "tofu800")
+        target = mean(target_utilities()[computed_in(runs[0])])
+        rate = best_learning_rate(runs, target)
+        chosen[label] = [run for run in runs if run["run"]["learning_rate"] == rate]
+    rows = []
+    for label, runs in {**models(), **dict(sorted(chosen.items(), key=_quality))}.items():
+        qualities = [last(run).get("forget_quality", 1.0) for run in runs]
+        rate = f"{runs[0]['run']['learning_rate']:g}" if "run" in runs[0] else "-"
+        shares = [share(last(run), run) for run in runs]
+        rows.append(
+            [label, rate, str(len(runs)), spread(qualities, ".2g", median), spread(shares, ".3f"), *at_last_step(runs)]
+        )
+    head = ["model", "learning rate", "seeds", "forget quality", "utility / target's", *LAST_STEP]
+    return markdown(head, rows)
+
+
+def _quality(entry: tuple[str, list[dict]]) -> tuple[float, float]:
+    label, runs = entry
+    return -median(last(run)["forget_quality"] for run in runs), -mean(share(last(run), run) for run in runs)
+
+
+def every_rate() -> str:
+    """Every run in results/tofu800, the nearest to the retain-only model at its last step first."""
+    runs = {
+        (label, run["run"]["learning_rate"]): run for name, label in METHODS.items() for run in found(name, "tofu800")
+    }
+    rows = []
+    for name, (model,) in models().items():
+        quality = last(model).get("forget_quality", 1.0)
+        rows.append([name, "-", computed_in(model), f"{quality:.2g}, {share(last(model), model):.3f}", ""])
+        rows[-1] += at_last_step([model])
+    for (label, rate), run in sorted(runs.items(), key=lambda entry: _quality((entry[0][0], [entry[1]]))):
+        target = mean(target_utilities()[computed_in(run)])
+        best = max(run["points"], key=lambda point: strength(point["summary"], target))
+        shown = [
+            f"{one['summary']['forget_quality']:.2g}, {share(one['summary'], run):.3f}"
+            for one in (run["points"][-1], best)
+        ]
+        which = "the last" if best is run["points"][-1] else f"{best['step']}: {shown[1]}"
+        rows.append([label, f"{rate:g}", computed_in(run), shown[0], which, *at_last_step([run])])
+    head = ["", "learning rate", "computed in", "last step: forget quality, utility / target's"]
+    head += ["best point (step: forget quality, utility / target's)", *LAST_STEP]
+    return markdown(head, rows)
+
+
+if __name__ == "__main__":
+    print(at_best_rates(), every_rate(), sep="\n\n")
