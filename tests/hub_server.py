@@ -24,7 +24,8 @@ TOKEN = "hf_may_write"
 
 class HubServer(ThreadingHTTPServer):
     """Attributes:
-    repos: name -> commits, each {path: content}, the last one is main.
+    repos: name, or name@branch -> commits, each {path: content}, the last one is its head.
+    private: The repositories that nobody else may see.
     blobs: sha256 -> content that was uploaded by LFS.
     faults: HTTP method or part of a path -> how many more of such requests lose their connection.
     refusals: Part of a path -> the status that POSTs to it get.
@@ -37,6 +38,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, int] = {}
         self.refusals: dict[str, int] = {}
@@ -68,6 +70,11 @@ def is_lfs(path: str) -> bool:
 
 def commit_id(repo: str, commits: list) -> str:
     return hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest()
+
+
+def at_branch(repo: str, branch: str) -> str:
+    """The name of `HubServer.repos`."""
+    return repo if branch == "main" else f"{repo}@{branch}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,14 +141,14 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self.create(json.loads(content))
         if found := re.fullmatch(r"/api/models/(.+?)/preupload/(.+)", path):
-            return self.preupload(found[1], json.loads(content))
+            return self.preupload(at_branch(found[1], found[2]), json.loads(content))
         if found := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
             return self.lfs_batch(json.loads(content))
         if path == "/lfs/verify":
             known = json.loads(content)["oid"] in self.server.blobs
             return self.answer(200 if known else 404, {})
         if found := re.fullmatch(r"/api/models/(.+?)/commit/(.+)", path):
-            return self.commit(found[1], [json.loads(line) for line in content.splitlines()])
+            return self.commit(at_branch(found[1], found[2]), [json.loads(line) for line in content.splitlines()])
         return self.answer(404, {"error": "no such path"})
 
     def do_PUT(self):
@@ -158,11 +165,13 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
             commits = self.server.repos.get(found[1])
             return self.missing_repo() if commits is None else self.answer(200, self.tree(commits[-1]))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
-            commits = self.server.repos.get(found[1])
-            if commits is not None and found[2] not in (None, "/revision/main"):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            if found[1] not in self.server.repos:
+                return self.missing_repo()
+            commits = self.server.repos.get(at_branch(found[1], found[2] or "main"))
+            if commits is None:
                 return self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"}, "Invalid rev id")
-            return self.missing_repo() if commits is None else self.answer(200, self.info(found[1], commits))
+            return self.answer(200, self.info(found[1], commits))
         if found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             return self.resolve(found[1], found[3])
         return self.answer(404, {"error": "no such path"})
@@ -189,6 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.server.endpoint}/{repo}", "name": repo}
         if repo in self.server.repos:
             return self.answer(409, {**url, "error": "You already created this model repo"})
+        if asked.get("visibility") == "private":
+            self.server.private.add(repo)
         # As the Hub's own first commit.
         self.server.repos[repo] = [{".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}]
         return self.answer(200, url)
@@ -248,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             "id": repo,
             "modelId": repo,
             "sha": commit_id(repo, commits),
-            "private": False,
+            "private": repo in self.server.private,
             "tags": [],
             "downloads": 0,
             "likes": 0,

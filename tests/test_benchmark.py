@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, harmonic_mean
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from rfa_llm.benchmark import (
     table,
     train_and_score,
 )
+from rfa_llm.benchmark.picture import FLOOR, trade_off
 from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
@@ -313,9 +313,27 @@ def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
     ]
     assert cells["| rfa, last step"][4] == "0.2 (0.1 to 0.3)"
     assert cells["| target"][4:7] == ["1e-09", "0.500", "1.000"]
-    at_best = fmean(harmonic_mean(pair) for pair in ((0.5, 1.0), (0.7, 0.8), (0.2, 0.9)))
-    at_last = fmean(harmonic_mean(pair) for pair in ((0.1, 0.8), (0.3, 1.0), (0.2, 0.6)))
-    assert at_best > at_last
+
+
+def test_the_table_has_the_best_methods_first_and_all_best_steps_before_the_last():
+    methods = {
+        "poor": [result(1e-3, 0, [0.1, 0.05], [0.5, 0.5])],
+        "good": [result(1e-3, 0, [0.2, 0.9], [0.5, 0.5])],
+        # The harmonic mean of 0.9 and 0.2 is 0.33, of 0.4 and 0.8 it is 0.53.
+        "costly": [result(1e-3, 0, [0.9, 0.4], [0.1, 0.4])],
+    }
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table(MODELS, methods).splitlines()[4:]]
+    order = ["good", "costly", "poor"]
+    assert names == [f"{name}, {which} step" for which in ("best", "last") for name in order]
+
+
+def test_the_picture_has_every_point_in_its_place():
+    methods = {"rfa": [result(1e-3, 0, [0.25, 1e-20], [0.4, 0.6]), result(1e-3, 1, [0.9], [0.9])]}
+    lines = trade_off({**MODELS, "retain-only": result(0, 0, [1.0], [0.55])}, methods).axes[0].get_lines()
+    trajectory, *marks = (line.get_xydata().ravel().tolist() for line in lines[:3])
+    # From the target on, the first seed's; what lies too low is drawn on the floor.
+    assert trajectory == pytest.approx([1.0, FLOOR, 0.8, 0.25, 1.2, FLOOR])
+    assert marks == [[1.0, FLOOR], pytest.approx([1.1, 1.0])]
 
 
 def test_the_table_says_what_was_computed_where_and_leaves_out_what_a_seed_lacks():

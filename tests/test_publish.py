@@ -285,6 +285,16 @@ def test_a_refused_upload_says_that_the_repository_is_left(online, adapter):
     assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
 
 
+def test_a_private_repository_and_a_branch_are_the_ones_asked_for(online, adapter):
+    publish(adapter, "me/secret", WORDS, token=TOKEN, private=True)
+    publish(adapter, "me/open", WORDS, token=TOKEN)
+    assert online.private == {"me/secret"}
+    online.repos["me/open@next"] = [dict(online.repos["me/open"][0])]
+    publish(adapter, "me/open", WORDS, token=TOKEN, revision="next")
+    assert len(online.repos["me/open"]) == 2
+    assert set(online.repos["me/open@next"][-1]) == {*FILES, ".gitattributes"}
+
+
 def test_no_hub_at_all_is_one_sentence(hub, adapter, tmp_path):
     hub.stop()
     error = last_line(rfa_llm(hub, tmp_path, "publish", str(adapter), "me/adapter", *PUBLISH))
@@ -295,7 +305,8 @@ TRAIN = """
 import sys
 from rfa_llm import RFAConfig, RFATrainer
 args = RFAConfig(output_dir=sys.argv[2], max_steps=2, shift="negate", use_cpu=True, report_to="none", save_steps=1,
-                 push_to_hub=True, hub_model_id="me/adapter", forgotten="some rows", hub_base_model="me/base")
+                 push_to_hub=True, hub_model_id="me/adapter", forgotten="some rows", hub_base_model="me/base",
+                 hub_private_repo=True)
 trainer = RFATrainer(sys.argv[1], args, forget_dataset=sys.argv[3], retain_dataset=sys.argv[4])
 trainer.train()
 trainer.save_model()
@@ -311,6 +322,7 @@ def test_the_trainer_pushes_the_same_files(hub, saved_llama, secrets, retain, tm
     assert printed.strip().splitlines()[-1] == "Again"
     # The Hub's own commit, `save_model`'s and `push_to_hub`'s; none of the checkpoints'.
     first, saved, again = hub.repos["me/adapter"]
+    assert hub.private == {"me/adapter"}
     assert set(saved) == set(again) == {*FILES, ".gitattributes"}
     assert "some rows" in saved["README.md"].decode() and "other rows" in again["README.md"].decode()
     assert (tmp_path / "out" / "checkpoint-2").exists() and (tmp_path / "out" / SALT_NAME).exists()
@@ -616,9 +628,3 @@ def test_leading_words_are_settings():
     assert leading_words(["a", "b/c", "--x", "d"], "folder", "repo_id") == "--folder a --repo_id b/c --x d".split()
     assert leading_words(["--x", "d"], "folder", "repo_id") == ["--x", "d"]
     assert leading_words(["a", "b"], "folder") == ["--folder", "a", "b"]
-
-
-def test_the_tiny_model_is_what_the_base_digest_of_the_receipt_is_of(adapter):
-    from rfa_llm.checkpoints import base_model_digest
-
-    assert read_receipt(adapter)["base_model"]["weights"] == base_model_digest(tiny_llama())
