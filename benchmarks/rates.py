@@ -9,11 +9,11 @@ of machine (`carry_over.target_utilities`).
 
 from __future__ import annotations
 
+from functools import cache
 from statistics import mean, median
 
 from carry_over import RESULTS, computed_in, last, read, spread, target_utilities
 
-from rfa_llm.benchmark import best_learning_rate
 from rfa_llm.benchmark.table import strength
 
 # Beside the runs in results/tofu800, whose calibrated one is of before it scaled the adapter.
@@ -54,9 +54,23 @@ def found(method: str, folder: str) -> list[dict]:
     return [result for result in results if result["run"]["method"] == method]
 
 
+@cache
+def targets() -> dict[str, float]:
+    """The target's utility, by dtype and machine."""
+    return {where: mean(values) for where, values in target_utilities().items()}
+
+
 def share(summary: dict, result: dict) -> float:
     """A point's utility over the target's."""
-    return summary["model_utility"] / mean(target_utilities()[computed_in(result)])
+    return summary["model_utility"] / targets()[computed_in(result)]
+
+
+def best_point(result: dict) -> dict:
+    return max(result["points"], key=lambda point: strength(point["summary"], targets()[computed_in(result)]))
+
+
+def best(result: dict) -> float:
+    return strength(best_point(result)["summary"], targets()[computed_in(result)])
 
 
 def at_last_step(results: list[dict]) -> list[str]:
@@ -78,17 +92,17 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def at_best_rates() -> str:
-    """Each method at the learning rate whose run has the best point, at its last step; RFA's calibrated runs first."""
+    """Each method at the learning rate whose run has the best point, at its last step; the nearest to the retain-only
+    model first."""
     chosen = {label: found(name, "tofu800_calibrated") for name, label in CALIBRATED.items()}
     for name, label in METHODS.items():
         if name.startswith("teacher") or name in CALIBRATED:
             continue
         runs = found(name, "tofu800")
-        target = mean(target_utilities()[computed_in(runs[0])])
-        rate = best_learning_rate(runs, target)
+        rate = max(runs, key=best)["run"]["learning_rate"]
         chosen[label] = [run for run in runs if run["run"]["learning_rate"] == rate]
     rows = []
-    for label, runs in {**models(), **dict(sorted(chosen.items(), key=_quality))}.items():
+    for label, runs in [*models().items(), *sorted(chosen.items(), key=lambda one: _place(one[1]))]:
         qualities = [last(run).get("forget_quality", 1.0) for run in runs]
         rate = f"{runs[0]['run']['learning_rate']:g}" if "run" in runs[0] else "-"
         shares = [share(last(run), run) for run in runs]
@@ -99,31 +113,28 @@ def at_best_rates() -> str:
     return markdown(head, rows)
 
 
-def _quality(entry: tuple[str, list[dict]]) -> tuple[float, float]:
-    label, runs = entry
+def _place(runs: list[dict]) -> tuple[float, float]:
     return -median(last(run)["forget_quality"] for run in runs), -mean(share(last(run), run) for run in runs)
 
 
 def every_rate() -> str:
     """Every run in results/tofu800, the nearest to the retain-only model at its last step first."""
-    runs = {
-        (label, run["run"]["learning_rate"]): run for name, label in METHODS.items() for run in found(name, "tofu800")
-    }
+    runs = [(label, run) for name, label in METHODS.items() for run in found(name, "tofu800")]
     rows = []
     for name, (model,) in models().items():
         quality = last(model).get("forget_quality", 1.0)
-        rows.append([name, "-", computed_in(model), f"{quality:.2g}, {share(last(model), model):.3f}", ""])
+        rows.append([name, "-", "-", computed_in(model), f"{quality:.2g}, {share(last(model), model):.3f}", ""])
         rows[-1] += at_last_step([model])
-    for (label, rate), run in sorted(runs.items(), key=lambda entry: _quality((entry[0][0], [entry[1]]))):
-        target = mean(target_utilities()[computed_in(run)])
-        best = max(run["points"], key=lambda point: strength(point["summary"], target))
+    for label, run in sorted(runs, key=lambda one: _place([one[1]])):
+        point = best_point(run)
         shown = [
             f"{one['summary']['forget_quality']:.2g}, {share(one['summary'], run):.3f}"
-            for one in (run["points"][-1], best)
+            for one in (run["points"][-1], point)
         ]
-        which = "the last" if best is run["points"][-1] else f"{best['step']}: {shown[1]}"
-        rows.append([label, f"{rate:g}", computed_in(run), shown[0], which, *at_last_step([run])])
-    head = ["", "learning rate", "computed in", "last step: forget quality, utility / target's"]
+        which = "the last" if point is run["points"][-1] else f"{point['step']}: {shown[1]}"
+        head = [label, f"{run['run']['learning_rate']:g}", str(run["run"]["seed"]), computed_in(run)]
+        rows.append([*head, shown[0], which, *at_last_step([run])])
+    head = ["", "learning rate", "seed", "computed in", "last step: forget quality, utility / target's"]
     head += ["best point (step: forget quality, utility / target's)", *LAST_STEP]
     return markdown(head, rows)
 

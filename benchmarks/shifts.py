@@ -94,7 +94,7 @@ def table() -> str:
     """The rows of the table: target, retain-only, then the shifts by forget quality."""
     results = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
     first = [name for name in ("target", "retain-only") if name in results]
-    rest = sorted(set(results) - set(first), key=lambda name: -results[name]["summary"]["forget_quality"])
+    rest = sorted(set(results) - set(first), key=lambda name: (-results[name]["summary"]["forget_quality"], name))
     columns = list(results[first[0]]["summary"])
     target_utility = results["target"]["summary"]["model_utility"]
     lines = [

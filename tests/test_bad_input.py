@@ -455,7 +455,7 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
     assert load_rows(str(path), "forget_dataset").column_names == ["question", "answer"]
 
 
-def test_processes_that_may_come_to_unlike_numbers_of_batches_are_refused(monkeypatch):
+def test_processes_of_unlike_numbers_of_batches_and_batches_cut_by_others_are_refused(monkeypatch):
     """The first would wait for ever in the sum over all tokens of a step."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     two = {"n_gpu": 1, "world_size": 2}
@@ -463,3 +463,8 @@ def test_processes_that_may_come_to_unlike_numbers_of_batches_are_refused(monkey
         _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(**settings)))
     with pytest.raises(ValueError, match="accelerator_config: even_batches=False may leave a process"):
         _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(even_batches=False)))
+    monkeypatch.delenv("WORLD_SIZE")
+    for given in ({"n_gpu": 2}, {"n_gpu": 1, "dispatch_batches": True}):
+        accelerator = AcceleratorConfig(dispatch_batches=given.get("dispatch_batches"))
+        with pytest.raises(ValueError, match="^args: DataParallel .* and dispatch_batches would cut a batch between"):
+            _check_launch(SimpleNamespace(n_gpu=given["n_gpu"], world_size=1, accelerator_config=accelerator))

@@ -25,6 +25,7 @@ from rfa_llm.benchmark import (
     train_and_score,
 )
 from rfa_llm.benchmark.picture import FLOOR, trade_off
+from rfa_llm.cli import benchmark as cli_benchmark
 from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
 from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.data.tofu import load_tofu
@@ -91,6 +92,58 @@ def read(file):
 
 def question_sets(folder):
     return load_question_sets(str(folder / "data"), None, "forget_perturbed", "retain_perturbed")
+
+
+def test_what_stops_by_itself_sees_other_holdout_rows_than_the_attacks(finished, folder, tmp_path, monkeypatch):
+    rows = [*tiny_rows(11, first=60), *load_tofu("forget", str(folder / "data"))]
+    (tmp_path / "holdout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = []
+
+    def recording(run, target, forget, retain, holdout, sets, *more):
+        given.append((forget, retain, holdout, sets["holdout"]))
+        return train_and_score(run, target, forget, retain, holdout, sets, *more)
+
+    monkeypatch.setattr(cli_benchmark, "train_and_score", recording)
+    settings = {"holdout_dataset": str(tmp_path / "holdout.jsonl"), "learning_rates": [1e-3], "seeds": [0]}
+    settings |= {f"{name}_model": str(finished / "models" / name) for name in ("target", "retain")}
+    settings["methods"] = {"rfa": {"trainer": "rfa", "stop_at": "calibrated", "calibration_steps": 2}}
+    benchmark(arguments(folder, tmp_path / "out", **settings))
+    ((forget, retain, stops, attacked),) = given
+    seen, stop_rows, attack_rows = (
+        set(of) for of in ([*forget["question"], *retain["question"]], stops["question"], attacked["question"])
+    )
+    assert len(stop_rows) == len(attack_rows) == 5
+    assert not stop_rows & attack_rows and not seen & (stop_rows | attack_rows)
+    (result,) = (read(file) for file in (tmp_path / "out" / "results").glob("rfa_lr*.json"))
+    assert {"mia_loss", "mia_min_k", "mia_reference", "privleak"} <= set(result["points"][-1]["summary"])
+
+
+def test_the_demos_models_are_made_once_and_compared(finished, folder, tmp_path, monkeypatch):
+    def made(args, to):
+        """As the demo leaves them, without its minutes of training."""
+        shutil.copytree(finished / "models", to)
+        shutil.copytree(folder / "data", to / "data")
+        shutil.copy(folder / "data" / "world_facts.jsonl", to / "data" / "facts.jsonl")
+
+    monkeypatch.setattr(cli_benchmark, "make_models", made)
+    threads = torch.get_num_threads()
+    args = arguments(
+        folder, tmp_path / "out", demo_models=True, data_dir=None, base_model=None, only=["mine"], seeds=[0]
+    )
+    text = benchmark(args)
+    assert "| mine, last step | 0.01 | 4 | 1 |" in text
+    # They are there, so they are not made again, over them.
+    assert benchmark(args) == text
+    torch.set_num_threads(threads)
+
+
+def test_a_target_without_utility_is_refused(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    content = read(results / "target.json")
+    content["points"][0]["summary"]["model_utility"] = 0.0
+    (results / "target.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="^target_model: .* has a model utility of 0, so nothing compares with it"):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
 
 
 def test_a_method_may_have_an_adapter_of_its_own(finished):
@@ -182,6 +235,25 @@ def test_committed_results_are_of_their_config_and_todays_defaults(results, conf
         settings.pop("learning_rates", None)
         check_settings(Run(**{**run, "settings": settings}), content, file)
         check_reference(content, read(file.with_name("retain-only.json")), file)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(file.parent.name for file in (REPO / "benchmarks/results").glob("*/table.md"))
+)
+def test_committed_tables_are_those_of_their_results(folder):
+    folder = REPO / "benchmarks/results" / folder
+    models = {name: read(folder / f"{name}.json") for name in ("target", "retain-only")}
+    models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
+    utility = models["target"]["points"][0]["summary"]["model_utility"]
+    methods = {}
+    for file in sorted(folder.glob("*_lr*_seed*.json")):
+        content = read(file)
+        methods.setdefault(content["run"]["method"], []).append(content)
+    for name, done in methods.items():
+        first = min(one["run"]["seed"] for one in done)
+        rate = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
+        methods[name] = [one for one in done if one["run"]["learning_rate"] == rate]
+    assert table(models, methods) == (folder / "table.md").read_text(encoding="utf-8")
 
 
 def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -9,13 +10,15 @@ from conftest import learn_by_heart, perturb, tiny_llama, tiny_lora, tiny_rows
 from peft import IA3Config, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from rfa_llm import calibration
 from rfa_llm.calibration import StopWhenCalibrated
 from rfa_llm.checkpoints import newest_whole_checkpoint
 from rfa_llm.cli.unlearn import stop_report
-from rfa_llm.data.formats import encode
-from rfa_llm.evaluation.scores import BrokenModelError
+from rfa_llm.data.formats import encode, prepare
+from rfa_llm.evaluation.scores import BrokenModelError, answer_losses
 
 HOLDOUT = tiny_rows(5, first=40)
 
@@ -219,6 +222,28 @@ def test_a_run_that_ended_short_of_its_level_does_not_go_on(knowing, make_traine
     longer = make_trainer({**config, "max_steps": 8}, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
     with pytest.raises(ValueError, match="^resume_from_checkpoint: the run had come to its end at step 2, short of"):
         longer.train(resume_from_checkpoint=True)
+
+
+def test_a_scale_that_did_not_come_back_is_refused(knowing, make_trainer):
+    """As under ZeRO-3, whose optimizer puts back the weights that were not scaled."""
+    config = {**CONFIG, "learning_rate": 4e-3, "save_strategy": "steps", "save_steps": 50, "max_steps": 50}
+    trainer = make_trainer(config, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
+    trainer.train()
+    (saved,) = Path(trainer.args.output_dir).glob("checkpoint-*/adapter_model.safetensors")
+    weights = load_file(saved)
+    save_file({name: 0.5 * tensor if "lora_B" in name else tensor for name, tensor in weights.items()}, saved)
+    again = make_trainer(config, model=copy.deepcopy(knowing), holdout_dataset=HOLDOUT)
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint: .* does not come back under this launch mode; take"
+    ):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_look_is_at_rows_from_all_of_a_large_set(knowing, tokenizer, forget, monkeypatch):
+    monkeypatch.setattr(calibration, "LOOK_ROWS", 3)
+    rows = prepare(forget, tokenizer, "forget_dataset", None)
+    losses = answer_losses(knowing, tokenizer, [forget[index] for index in (0, 2, 4)])
+    assert calibration.answer_loss(knowing, rows, 4, "") == pytest.approx(fmean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", ["answer", "all"])

@@ -11,15 +11,17 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama, tiny_lora
+from conftest import tiny_llama, tiny_lora, tiny_rows
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from rfa_llm.cli import evaluate, finetune, unlearn
 from rfa_llm.cli.launch import launch
 from rfa_llm.cli.main import run
+from rfa_llm.data.formats import encode
 from rfa_llm.evaluation import read_log, summary
+from rfa_llm.receipt import read_receipt
 
 
 @pytest.fixture
@@ -81,6 +83,41 @@ def test_evaluate_writes_a_log_that_serves_as_reference(saved_llama, data_dir, t
     assert "forget_quality" in capsys.readouterr().out
 
 
+def test_sets_of_the_hub_are_those_of_their_configurations(saved_llama, data_dir, tmp_path, monkeypatch):
+    sets = {("forget10", "test"): tiny_rows(6, 0), ("retain90", "test"): tiny_rows(10, 20)}
+    sets["holdout10", "train"] = tiny_rows(4, 40)
+    monkeypatch.setattr("rfa_llm.data.formats.load_dataset", lambda name, config, split: sets[config, split])
+    out = tmp_path / "adapter"
+    unlearn.main(
+        ["--model_name_or_path", saved_llama, "--output_dir", str(out), "--max_steps", "1", "--use_cpu"]
+        + ["--forget_dataset", "me/rows", "--forget_config", "forget10", "--dataset_split", "test"]
+        + ["--retain_dataset", "me/rows", "--retain_config", "retain90", "--report_to", "none"]
+    )
+    receipt = read_receipt(out)
+    assert (receipt["forget"]["rows"], receipt["retain"]["rows"]) == (6, 10)
+
+    facts = tmp_path / "facts"
+    facts.mkdir()
+    for name in ("real_authors", "world_facts"):
+        shutil.move(data_dir / f"{name}_perturbed.jsonl", facts)
+    words = ["--model_name_or_path", saved_llama, "--data_dir", str(data_dir), "--facts_dir", str(facts), "--use_cpu"]
+    words += [
+        "--forget_config",
+        "forget_perturbed",
+        "--max_new_tokens",
+        "4",
+        "--output_file",
+        str(tmp_path / "log.json"),
+    ]
+    with pytest.raises(
+        ValueError, match="^holdout_dataset: gradient_norm is an attack against one, but none is given"
+    ):
+        evaluate.main([*words, "--gradient_norm"])
+    evaluate.main([*words, "--holdout_dataset", "me/rows", "--holdout_config", "holdout10", "--gradient_norm"])
+    attack = read_log(tmp_path / "log.json")["mia_gradnorm"]
+    assert {half: len(attack[half]["value_by_index"]) for half in ("forget", "holdout")} == {"forget": 6, "holdout": 4}
+
+
 def test_evaluate_refuses_an_adapter_of_another_model(saved_llama, data_dir, tmp_path):
     # peft would take the two blocks that fit, and say nothing of the others.
     shallow = tiny_llama(num_hidden_layers=2)
@@ -109,6 +146,18 @@ def test_finetune_lowers_the_loss_of_its_rows(use_peft, saved_llama, data_dir, t
         for path in (saved_llama, out)
     )
     assert after.mean() < 0.7 * before.mean()
+
+
+def test_a_finetuning_learns_the_answers_alone(tokenizer, forget, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = finetune.finetune_trainer(tiny_llama(), tokenizer, forget, args)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 3)])
+    for index, labels in zip((0, 3), batch["labels"].tolist(), strict=True):
+        encoded = encode(forget[index], tokenizer)
+        answer = encoded["input_ids"][encoded["answer_start"] :]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert [label for label in labels if label != -100] == answer
+        assert labels[: encoded["answer_start"]] == [-100] * encoded["answer_start"]
 
 
 def test_finetune_goes_on_from_a_checkpoint_and_refuses_what_it_would_not_do(saved_llama, data_dir, tmp_path):

@@ -20,11 +20,14 @@ CHECK = Path(__file__).parent.parent / "scripts" / "check_demo.py"
 
 def run_demo(*words: str) -> None:
     verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    demo.main([*words, "--max_steps", "3", "--max_new_tokens", "8", "--use_cpu", "true"])
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-    torch.set_num_threads(threads)
+    try:
+        demo.main([*words, "--max_steps", "3", "--max_new_tokens", "8", "--use_cpu", "true"])
+    finally:
+        # Or what other tests of this process listen to were silent.
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        datasets.enable_progress_bars()
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

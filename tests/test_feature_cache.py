@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, TrainerCallback
 from rfa_llm import feature_cache
 from rfa_llm.blocks import find_blocks
 from rfa_llm.data.formats import prepare
-from rfa_llm.feature_cache import FeatureCache
+from rfa_llm.feature_cache import FeatureCache, has_room_for
 from rfa_llm.residuals import block_features
 
 ALIGNED = [1, 2]
@@ -291,6 +291,16 @@ def test_a_cache_that_does_not_fit_is_left_out_or_refused(make_trainer, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(ValueError, match="make room"):
         make_trainer({"reference_cache": "disk"}).train()
+
+
+@pytest.mark.parametrize(
+    ("missing", "limit_gb", "fits"),
+    [(500, 1e-6, True), (501, 1e-6, False), (0, 1e-6, True), (0, 0.9e-6, False)],
+)
+def test_room_is_the_limit_and_half_of_what_is_free(missing, limit_gb, fits, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert has_room_for(1000, missing, tmp_path / "cache", limit_gb, or_not=True) == fits
 
 
 def test_only_the_retain_rows_that_the_run_sees_are_computed(make_trainer, retain):

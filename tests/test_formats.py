@@ -194,6 +194,18 @@ def test_prepare_names_what_is_wrong(rows, message):
         prepare(Dataset.from_list(rows), make_tokenizer(), "retain_dataset", None)
 
 
+def test_prepare_names_the_row_whose_turns_the_chat_template_refuses():
+    tokenizer = make_tokenizer(chat=True)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHAT_TEMPLATE
+    turns = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "Bo"}]
+    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "you are Bo"}, *turns]}]
+    with pytest.raises(
+        ValueError, match=r"^forget_dataset row 1: the chat template refuses the turns \(no system turns"
+    ):
+        prepare(Dataset.from_list(rows), tokenizer, "forget_dataset", None)
+
+
 def test_prepare_leaves_no_file(tmp_path):
     rows = Dataset.from_list([QA])
     rows.save_to_disk(tmp_path / "rows")

@@ -68,6 +68,11 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def test_every_room_is_held():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__", "cli"} == set(ALLOWED)
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_run_one_way(room):
     files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else list((PACKAGE / room).glob("*.py"))

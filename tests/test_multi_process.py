@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -255,16 +256,20 @@ def test_the_last_good_adapter_is_put_together_from_its_shards(mode, folder, tmp
     assert any(weight.any() for weight in both.values())
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
-def test_the_command_launches_itself(mode, folder, tmp_path):
+@pytest.mark.parametrize(("mode", "processes"), [("ddp_cpu", 2), ("zero3_cpu", 2), ("own", 1)])
+def test_the_command_launches_itself(mode, processes, folder, tmp_path):
     out, tmp = tmp_path / "both", tmp_path / "tmp"
+    launch = [mode]
+    if mode == "own":
+        launch = [shutil.copy("configs/accelerate/ddp_cpu.yaml", tmp_path / "own.yaml"), "--num_processes", "1"]
     arguments = words(folder, out, per_device_train_batch_size=2, max_steps=2, shift="negate")
-    done = start(["rfa_llm.cli.main", "unlearn", "--accelerate_config", f"{mode}_cpu", *arguments], tmp)
+    done = start(["rfa_llm.cli.main", "unlearn", "--accelerate_config", *map(str, launch), *arguments], tmp)
     assert done.returncode == 0, done.stdout
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    assert {"peak_bytes/process_0", "peak_bytes/process_1"} <= set(history[-1])
+    peaks = {name for name in history[-1] if name.startswith("peak_bytes/")}
+    assert peaks == {f"peak_bytes/process_{rank}" for rank in range(processes)}
     # Once, by the first process.
-    assert done.stdout.count("process 1 on cpu") == done.stdout.count(f"Adapter saved to {out}.") == 1
+    assert done.stdout.count("process 0 on cpu") == done.stdout.count(f"Adapter saved to {out}.") == 1
     assert_nothing_left(out, tmp)
     assert not list(tmp.iterdir())
 

@@ -381,6 +381,8 @@ def test_idk_rows_ask_the_forget_rows_question(make_rival, tokenizer, forget):
     assert len(drawn) > 2 * len(forget)  # another answer in another epoch
     batch = trainer.data_collator([trainer.train_dataset[i] for i in (4, 2)])
     assert batch["index"][batch["is_forget"]].tolist() == batch["index"][batch["is_idk"]].tolist() == [4, 2]
+    longest = make_rival("idk_dpo", {"idk_answers": [" ".join(["w1"] * 50)], "max_length": 20}).train_dataset[0]["idk"]
+    assert len(longest["input_ids"]) == 20
     instead = make_rival("idk_nll", {"idk_answers": answers}).train_dataset
     instead.set_epoch(3)
     assert instead[4]["forget"] == trainer.train_dataset[4]["idk"] and instead[4].keys() == {"forget", "retain"}

@@ -140,6 +140,29 @@ def test_token_scores_equal_a_naive_loop(model, tokenizer):
         assert score.deviations == pytest.approx(deviations.numpy(), abs=1e-5)
 
 
+@torch.no_grad()
+def test_a_token_that_is_ruled_out_has_no_part_in_the_moments(model, tokenizer):
+    row = ROWS[0]
+    encoded = encode(row, tokenizer)
+    ids, start = encoded["input_ids"], encoded["answer_start"]
+    unused = next(token for token in range(len(tokenizer)) if token not in ids)
+    rest = [token for token in range(len(tokenizer)) if token != unused]
+    logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].double()[:, rest]
+    own = torch.distributions.Categorical(logits=logits)
+    deviations = ((own.probs * own.logits.square()).sum(-1) - own.entropy().square()).sqrt()
+
+    def rule_out(module, args, output):
+        return output.index_fill(-1, torch.tensor([unused]), -torch.inf)
+
+    handle = model.lm_head.register_forward_hook(rule_out)
+    try:
+        (score,) = answer_scores(model, tokenizer, [row], moments=True)
+    finally:
+        handle.remove()
+    assert score.means == pytest.approx(-own.entropy().numpy(), abs=1e-5)
+    assert score.deviations == pytest.approx(deviations.numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_answers_equal_a_naive_loop(model, tokenizer, batch_size):
     expected = [naive_answer(model, tokenizer, row, 12) for row in ROWS]

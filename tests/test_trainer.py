@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from rfa_llm import RFAConfig
 from rfa_llm.blocks import lora_placement
-from rfa_llm.checkpoints import newest_whole_checkpoint
+from rfa_llm.checkpoints import METHOD_STATE_NAME, newest_whole_checkpoint
 from rfa_llm.memory import peak_bytes
 from rfa_llm.residuals import capture
 from rfa_llm.shifts import SHIFTS, random_directions
@@ -326,12 +327,23 @@ def test_the_teacher_is_loaded_from_where_the_model_is(make_trainer, saved_llama
     (repo / "refs" / "main").write_text("a" * 40)
     tiny_llama(initializer_range=0.1).save_pretrained(repo / "snapshots" / ("a" * 40))
     config = {"shift": "ignorant", "teacher": "us/base", "max_steps": 1}
-    place = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    # The revision is the model's, and the teacher's repository has none of this name.
+    place = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True, "revision": "of-the-model"}
     trainer = make_trainer({**config, "model_init_kwargs": place}, model=saved_llama)
     trainer.train()
     assert trainer.state.log_history[0]["loss_forget"] > 0
     with pytest.raises(ValueError, match="^teacher: 'us/base' is no model"):
         make_trainer(config, model=saved_llama)
+
+
+def test_the_newest_checkpoint_is_the_one_that_was_written_last(tmp_path):
+    """A run that began anew in the same folder has the lower step numbers."""
+    for age, step in enumerate((2, 10, 4)):
+        mark = tmp_path / f"checkpoint-{step}" / METHOD_STATE_NAME
+        mark.parent.mkdir()
+        mark.touch()
+        os.utime(mark, (1e9 - age, 1e9 - age))
+    assert newest_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_checkpoint_of_sharded_optimizers_is_refused_without_them(make_trainer, monkeypatch):
@@ -391,8 +403,7 @@ def test_the_memory_of_a_run_is_reported(make_trainer):
     assert metrics["peak_bytes/process_0"] > psutil.Process().memory_info().rss / 2
 
 
-def test_pairs_of_an_epoch_do_not_depend_on_the_steps_before(make_trainer, retain):
-    """Ten retain rows over two epochs of six: no row comes twice before all came once."""
+def test_every_forget_row_comes_once_an_epoch_and_no_retain_row_twice_before_all_came_once(make_trainer, retain):
     trainer = make_trainer({"max_steps": 6})
     batches = record_batches(trainer)
     trainer.train()
