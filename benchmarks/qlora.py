@@ -14,7 +14,6 @@ without another adapter, beside them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -27,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import TrlParser, get_quantization_config
 
 from rfa_llm.benchmark.environment import environment
+from rfa_llm.checkpoints import base_model_digest
 from rfa_llm.cli.merge import MergeArguments, merge
 from rfa_llm.cli.unlearn import UnlearnArguments, UnlearnModelConfig, unlearn
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.evaluation import answer_losses
-from rfa_llm.evaluation.metrics import answer_probability, forget_truth_ratio_score, truth_ratio
+from rfa_llm.evaluation import read_retain_truth_ratios
+from rfa_llm.evaluation.suite import probabilities
 
 RESULTS = Path(__file__).parent / "results" / "qlora"
 
@@ -43,20 +43,6 @@ def load(model: Path, nf4: bool, adapter: Path | None = None) -> PreTrainedModel
         quantization["quantization_config"] = get_quantization_config(UnlearnModelConfig(load_in_4bit=True))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **quantization)
     return base if adapter is None else PeftModel.from_pretrained(base, adapter)
-
-
-def base_sha256(model: PreTrainedModel) -> str:
-    """SHA-256 over names and bytes of all the base's tensors, with the parts of quantized weights, without LoRA's."""
-    tensors = {
-        name.removeprefix("base_model.model.").replace("base_layer.", ""): tensor
-        for name, tensor in model.state_dict().items()
-        if "lora_" not in name
-    }
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -72,13 +58,13 @@ def train(args: argparse.Namespace) -> dict:
             ["--config", str(RECIPE), "--load_in_4bit", "--overwrite_output_dir"]
             + [word for key, value in words.items() for word in (f"--{key}", str(value))]
         )
-        before = base_sha256(load(args.models / "target", nf4=True))
+        before = base_model_digest(load(args.models / "target", nf4=True))
         trainer = unlearn(*parsed)
         settings = {**yaml.safe_load(RECIPE.read_text()), "seed": 0, "max_steps": trainer.state.max_steps}
         training = {
             "settings": {**settings, "quantization": trainer.model.config.quantization_config.to_dict()},
-            "base_sha256_before": before,
-            "base_sha256_after": base_sha256(trainer.model),
+            "base_sha256_before": before.removeprefix("sha256:"),
+            "base_sha256_after": base_model_digest(trainer.model).removeprefix("sha256:"),
             "history": trainer.state.log_history,
         }
         file.write_text(json.dumps(training, indent=1))
@@ -107,25 +93,11 @@ def score(name: str, args: argparse.Namespace, model: Path, nf4: bool = False, a
     file = args.runs / f"{name}.json"
     if not file.exists():
         rows = list(load_tofu("forget_perturbed", str(args.data_dir)))
-        answers = [[row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]] for row in rows]
-        losses = iter(
-            answer_losses(
-                load(model, nf4, adapter),
-                AutoTokenizer.from_pretrained(model),
-                [
-                    {"question": row["question"], "answer": answer}
-                    for row, given in zip(rows, answers, strict=True)
-                    for answer in given
-                ],
-                desc=name,
-            )
-        )
-        by_row = [[next(losses) for _ in given] for given in answers]
-        ratios = truth_ratio([row[1] for row in by_row], [row[2:] for row in by_row])
+        _, log = probabilities(load(model, nf4, adapter), AutoTokenizer.from_pretrained(model), rows, "forget")
         scores = {
-            "forget_prob": float(answer_probability([row[0] for row in by_row]).mean()),
-            "forget_truth_ratio": forget_truth_ratio_score(ratios),
-            "truth_ratios": ratios.tolist(),
+            "forget_prob": log["forget_Q_A_Prob"]["agg_value"],
+            "forget_truth_ratio": log["forget_truth_ratio"]["agg_value"],
+            "truth_ratios": read_retain_truth_ratios(log).tolist(),
         }
         file.write_text(json.dumps(scores))
     return json.loads(file.read_text())

@@ -6,8 +6,9 @@
 
 A training comes to the goal at best. The paraphrased and wrong answers of the forget set's questions are scored on the
 goal's features, which gives truth ratios, and with a retain-only model's the forget quality; the true answers give the
-loss. `ignorant` is taken with no style correction, with the mean difference alone, and with `fit_style`'s maps. The
-data folder is as scripts/tofu800.py makes it, `--models` as scripts/smollm2_tofu.py does.
+loss. `ignorant` is taken with no style correction, with the mean difference alone, and with `fit_style`'s maps, fitted
+on 256 retain rows spread over the set, where a training takes the first. The data folder is as scripts/tofu800.py
+makes it, `--models` as scripts/smollm2_tofu.py does.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ NPO and RMU come in two forms: `npo` and `rmu` are `rfa_llm.rivals`, LoRA with t
 project every position on the vocabulary, as their authors' code does (RMU's optimizer moves three matrices, also as
 theirs). `floor` is the bare work: forward and backward of the blocks up to the last
 aligned one, on the same batches, without adapter, reference, loss or optimizer.
-`--parts` runs some of it and keeps the rest of the JSON, which must be of the same machine and versions.
+`--parts` runs some of it and keeps the rest of the JSON, which must be of the same machine and versions, and of this
+program's: results/speed.json is of an earlier one, which did not count the operations of attention.
 
     python benchmarks/speed.py --parts steps --shape llama-3.1-8b --quantization nf4 --pairs 6 --tokens 256 \
         --output benchmarks/results/speed_gpu_8b
@@ -71,6 +72,8 @@ RFA = {
 RANKS = {"rfa_rank_16": 16}
 SHIPPED = {"npo_as_shipped": "npo", "rmu_as_shipped": "rmu"}
 METHODS = [*RFA, "npo", "rmu", "floor", *SHIPPED]
+# What the table divides by.
+NEEDED = ("npo_as_shipped", "npo", "floor")
 GROWING = ["rfa", "npo", "npo_as_shipped"]
 SWEEPS = {
     "tokens": ([64, 128, 256, 512, 1024, 2048], GROWING),
@@ -428,7 +431,7 @@ def steps_table(part: dict, over: dict[str, int]) -> str:
     ]
     for name in seconds:
         flops = by_method[name][0]["flops_of_first_step"]
-        cells = [f"{seconds[name] / seconds[other]:.2f}" for other in ("npo_as_shipped", "npo", "floor")]
+        cells = [f"{seconds[name] / seconds[other]:.2f}" for other in NEEDED]
         cells += [f"{in_all[name] / in_all['npo']:.2f}", f"{over[name] / over['npo_as_shipped']:.2f}"]
         cells += [f"{flops / 1e9:.0f}", f"{flops / seconds[name] / part['peak_flops']:.0%}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -476,7 +479,7 @@ def report(result: dict) -> str:
     """speed.md, of what the JSON holds."""
     machine, parts = result["machine"], []
     on = machine["accelerator"] or f"{machine['cores']} cores ({machine['cpu']})"
-    if "steps" in result and "memory" in result:
+    if "steps" in result and {run["method"] for run in result["steps"]["runs"]} <= result.get("memory", {}).keys():
         steps = result["steps"]
         first = steps["runs"][0]
         dtype = "NF4" if first.get("quantization") == "nf4" else "bfloat16"
@@ -544,7 +547,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", help="folder with TOFU's forget.jsonl, retain.jsonl and their _perturbed files")
     parser.add_argument("--output", type=Path, help="where the results go, without suffix")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="NPO's two are always needed")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=f"{', '.join(NEEDED)} always")
     parser.add_argument("--rounds", type=int, default=2, help="of the main table; each has `steps` timed steps")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a process")
     parser.add_argument("--questions", type=int, default=200, help="of the evaluation; forget05 has 200")
@@ -557,6 +560,9 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(json.loads(args.task))))
         return
 
+    missing = [name for name in NEEDED if name not in args.methods]
+    if missing:
+        sys.exit(f"methods: the others are divided by {' and '.join(missing)}; name them too.")
     if args.shape is None and (args.model is None or args.data_dir is None):
         sys.exit("model, data_dir: give both, or --shape.")
     file = args.output.with_suffix(".json")
@@ -568,6 +574,8 @@ def main(argv: list[str]) -> None:
     other = [name for name in here if result[name] != here[name]]
     if other:
         sys.exit(f"output: {file} is of another {' and '.join(other)}; name another file, or delete it.")
+    if any("pairs" not in run for run in result.get("steps", {}).get("runs", [])):
+        sys.exit(f"output: {file} was written by an earlier version of this program; name another file, or delete it.")
     task = {"warmup": WARMUP, "steps": WARMUP + args.steps, "pairs": args.pairs, "rows": ROWS // PAIRS * args.pairs}
     if args.shape:
         task |= {"shape": args.shape, "quantization": args.quantization, "tokens": args.tokens}
@@ -602,11 +610,11 @@ def main(argv: list[str]) -> None:
             result["memory"] = {one["method"]: one["bytes_over_base"] for one in runs}
         keep()
     if "memory" in args.parts:
-        result["memory"] = {}
+        memory = result.setdefault("memory", {})
         for method in args.methods:
             one = {**task, "method": method, "steps": WARMUP + 1}
-            result["memory"][method] = in_a_process(one, FREEING)["bytes_over_base"]
-            print(method, result["memory"][method], flush=True)
+            memory[method] = in_a_process(one, FREEING)["bytes_over_base"]
+            print(method, memory[method], flush=True)
         keep()
     if "growth" in args.parts:
         result["growth"] = []
