@@ -177,7 +177,7 @@ def test_prepare_cuts_an_answer_but_not_off():
         ([{"messages": None}], "retain_dataset row 0: messages is None; give a list of turns"),
         (
             [{"messages": [{"from": "human", "value": "who"}]}],
-            "row 0: messages is .*give a list of turns, each an object",
+            "row 0: messages has a turn without a role; give each",
         ),
         (
             [{"prompt": [{"role": "user", "content": "who"}], "completion": "Bo"}],

@@ -315,8 +315,11 @@ def _join(prompt_ids: list[int], answer_ids: list[int]) -> dict:
 
 def _turns(value: object, name: str) -> list[dict]:
     """A conversation, where it is one."""
-    if not isinstance(value, list) or any(not isinstance(turn, dict) or "role" not in turn for turn in value):
-        raise TypeError(f"{name} is {value!r}; give a list of turns, each an object of role and content.")
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is {value!r}; give a list of turns.")
+    if any(not isinstance(turn, dict) or "role" not in turn for turn in value):
+        # What it says may be private.
+        raise TypeError(f"{name} has a turn without a role; give each turn as an object of role and content.")
     return value
 
 

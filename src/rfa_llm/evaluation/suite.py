@@ -104,8 +104,8 @@ def evaluate_tofu(
 
     Raises:
         ValueError: a set or a column is missing, a set or its wrong answers are empty, holdout rows are in the forget
-            or the retain set, `retain_log` is of another forget set or of as many holdout rows as there are not, a
-            number is below 1, or the tokenizer has no end token.
+            or the retain set, `retain_log` is of another forget set or another number of holdout rows, a number is
+            below 1, or the tokenizer has no end token.
     """
     check_sizes(batch_size, max_new_tokens)
     check_tokenizer(tokenizer)
