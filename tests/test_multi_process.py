@@ -184,6 +184,10 @@ def test_nor_do_accumulation_checkpointing_and_a_resume(mode, folder, tmp_path):
     for name, weight in load_file(tmp_path / "adapter_model.safetensors").items():
         assert torch.linalg.norm(resumed[name] - weight) <= 1e-6 * torch.linalg.norm(weight), name
     assert_nothing_left(both, tmp_path / "tmp")
+    if mode != "ddp":
+        # One process would look for the optimizer's state in vain, and begin a new one.
+        with pytest.raises(ValueError, match="^launch: .* was trained with (ZeRO-|FSDP )"):
+            one_process(folder, tmp_path / "other", **settings, resume_from_checkpoint=both / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
