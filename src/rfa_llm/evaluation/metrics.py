@@ -141,14 +141,13 @@ def model_utility(values: Sequence[float]) -> float:
 
 
 def forget_test(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]):
-    """The two-sample Kolmogorov-Smirnov test between truth ratios (`scipy.stats.ks_2samp`) of the forget quality.
+    """The two-sample Kolmogorov-Smirnov test between truth ratios whose p-value is the forget quality.
+
+    Its result is that of `scipy.stats.ks_2samp`: `pvalue`, `statistic` and `statistic_location`, a truth ratio.
 
     Args:
         unlearned_ratios: the unlearned model's raw truth ratios on the forget set.
         retain_ratios: those of a model trained on the retain set alone, on the same questions.
-
-    Returns:
-        scipy's result, with `pvalue`, `statistic` and `statistic_location`, a truth ratio.
 
     Raises:
         ValueError: one of the two is empty.
