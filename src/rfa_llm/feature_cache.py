@@ -65,7 +65,6 @@ def row_features(
 
 def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         save_file(tensors, part)
 

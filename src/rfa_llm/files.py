@@ -12,8 +12,9 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """A path to write to, of the same folder, which takes the place of `path` at the end of the context.
 
-    An error, or a kill, leaves `path` as it was.
+    The folder is made where it is missing. An error, or a kill, leaves `path` as it was.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     # Of a process of the same number that was killed.
     part.unlink(missing_ok=True)

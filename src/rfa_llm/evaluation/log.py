@@ -32,7 +32,6 @@ def write_log(log: dict, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     text = json.dumps(log, indent=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
 

@@ -99,7 +99,6 @@ def write_report(runs: Sequence[Run], output_file: str | os.PathLike, forget_tex
         if page.exists() and not (page.is_file() and page.read_bytes().startswith(opening)):
             raise ValueError(f"output_file: {str(page)!r} is there, and no report; give another name.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Both are written before one of them takes its place.
         with ExitStack() as stack:
             for page, text in pages.items():
