@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .callbacks import ResidualPlotCallback, TofuEvaluationCallback
-    from .config import RFAConfig
-    from .data.tofu import load_tofu
-    from .evaluation import evaluate_tofu
-    from .trainer import RFATrainer
+    from rfa_llm.callbacks import ResidualPlotCallback, TofuEvaluationCallback
+    from rfa_llm.config import RFAConfig
+    from rfa_llm.data.tofu import load_tofu
+    from rfa_llm.evaluation import evaluate_tofu
+    from rfa_llm.trainer import RFATrainer
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .memory import held_values
+from rfa_llm.memory import held_values
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .adapters import adapter_off, scale_adapter
-from .data.formats import spread
-from .evaluation.scores import BrokenModelError, encoded_answer_scores
-from .memory import reshard
+from rfa_llm.adapters import adapter_off, scale_adapter
+from rfa_llm.data.formats import spread
+from rfa_llm.evaluation.scores import BrokenModelError, encoded_answer_scores
+from rfa_llm.memory import reshard
 
 logger = logging.get_logger(__name__)
 

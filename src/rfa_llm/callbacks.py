@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .evaluation.scores import BrokenModelError
-from .evaluation.suite import check_questions, check_sizes, evaluate_tofu, summary
-from .memory import reshard
+from rfa_llm.evaluation.scores import BrokenModelError
+from rfa_llm.evaluation.suite import check_questions, check_sizes, evaluate_tofu, summary
+from rfa_llm.memory import reshard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import written_whole
-from .memory import gathered
-from .unlearning_config import UnlearningConfig
+from rfa_llm.files import written_whole
+from rfa_llm.memory import gathered
+from rfa_llm.unlearning_config import UnlearningConfig
 
 # Written last of all, so a folder that has it is whole.
 METHOD_STATE_NAME = "rfa_state.safetensors"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import SchedulerType
 
-from .shifts import SHIFTS
-from .unlearning_config import UnlearningConfig
+from rfa_llm.shifts import SHIFTS
+from rfa_llm.unlearning_config import UnlearningConfig
 
 
 @dataclass

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from .data.pairing import first_counted, pad_rows
-from .files import written_whole
+from rfa_llm.data.pairing import first_counted, pad_rows
+from rfa_llm.files import written_whole
 
 logger = logging.get_logger(__name__)
 

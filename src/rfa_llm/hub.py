@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import Words, model_card
-from .data.formats import texts
-from .receipt import (
+from rfa_llm.card import Words, model_card
+from rfa_llm.data.formats import texts
+from rfa_llm.receipt import (
     RECEIPT_NAME,
     SALT_NAME,
     VOCABULARY_FILES,

@@ -34,11 +34,11 @@ from transformers.tokenization_utils_base import (
 )
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
-from .checkpoints import KEPT, ORDER, own_settings
-from .data.formats import content
-from .evaluation.scores import encoded_answer_scores
-from .files import written_whole
-from .unlearning_config import UnlearningConfig
+from rfa_llm.checkpoints import KEPT, ORDER, own_settings
+from rfa_llm.data.formats import content
+from rfa_llm.evaluation.scores import encoded_answer_scores
+from rfa_llm.files import written_whole
+from rfa_llm.unlearning_config import UnlearningConfig
 
 RECEIPT_NAME = "forget_receipt.json"
 # transformers' own `push_to_hub` leaves out names that begin with an underscore, as ours does.

@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
 
-from .adapters import adapter_off
-from .blocks import find_blocks
-from .calibration import answer_loss
-from .feature_cache import FeatureRows, batches, join, row_features, save_whole
-from .residuals import block_features
+from rfa_llm.adapters import adapter_off
+from rfa_llm.blocks import find_blocks
+from rfa_llm.calibration import answer_loss
+from rfa_llm.feature_cache import FeatureRows, batches, join, row_features, save_whole
+from rfa_llm.residuals import block_features
 
 # Attention implementations whose mask can show a window and the sinks; flash attention takes none but causal ones.
 MASKABLE = ("eager", "sdpa", "flex_attention")

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .blocks import ends_after, hidden_state
+from rfa_llm.blocks import ends_after, hidden_state
 
 
 @contextmanager

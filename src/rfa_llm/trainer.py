@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from . import reference, residuals, shifts
-from .adapters import adapter_off
-from .blocks import (
+from rfa_llm import reference, residuals, shifts
+from rfa_llm.adapters import adapter_off
+from rfa_llm.blocks import (
     check_adapter_placement,
     check_decoder_only,
     find_blocks,
@@ -37,14 +37,14 @@ from .blocks import (
     read_config,
     resolve_blocks,
 )
-from .calibration import LOOK_ROWS, StopWhenCalibrated, final_look, mean_answer_loss
-from .checkpoints import digest
-from .config import RFAConfig
-from .data.formats import check_disjoint, load_rows, prepare, spread
-from .data.pairing import PairCollator, flatten_rows
-from .feature_cache import FeatureCache, batches, has_room_for
-from .receipt import public_name
-from .unlearning_trainer import SOURCE, UnlearningTrainer
+from rfa_llm.calibration import LOOK_ROWS, StopWhenCalibrated, final_look, mean_answer_loss
+from rfa_llm.checkpoints import digest
+from rfa_llm.config import RFAConfig
+from rfa_llm.data.formats import check_disjoint, load_rows, prepare, spread
+from rfa_llm.data.pairing import PairCollator, flatten_rows
+from rfa_llm.feature_cache import FeatureCache, batches, has_room_for
+from rfa_llm.receipt import public_name
+from rfa_llm.unlearning_trainer import SOURCE, UnlearningTrainer
 
 # Relative difference of features that rounding makes in bfloat16 at most; another row or other weights make more.
 ROUNDING = 0.05

@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .adapters import adapter_off, computing_in_model_dtype
-from .blocks import check_decoder_only, disable_dropout, num_blocks, placed, read_config
-from .card import TAGS, Words, model_card
-from .checkpoints import (
+from rfa_llm.adapters import adapter_off, computing_in_model_dtype
+from rfa_llm.blocks import check_decoder_only, disable_dropout, num_blocks, placed, read_config
+from rfa_llm.card import TAGS, Words, model_card
+from rfa_llm.checkpoints import (
     METHOD_STATE_NAME,
     base_config_digest,
     base_model_digest,
@@ -41,11 +41,20 @@ from .checkpoints import (
     run_fingerprint,
     write_method_state,
 )
-from .data.formats import check_disjoint, check_tokenizer, load_rows, prepare
-from .data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
-from .hub import CARD_NAME, base_on_hub, check_private, check_said, check_words, hub_sentences, publish, text_settings
-from .memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
-from .receipt import (
+from rfa_llm.data.formats import check_disjoint, check_tokenizer, load_rows, prepare
+from rfa_llm.data.pairing import ForgetRetainPairs, LengthGroupedPairs, PairCollator
+from rfa_llm.hub import (
+    CARD_NAME,
+    base_on_hub,
+    check_private,
+    check_said,
+    check_words,
+    hub_sentences,
+    publish,
+    text_settings,
+)
+from rfa_llm.memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
+from rfa_llm.receipt import (
     adapter_digests,
     answer_figures,
     figure_rows,
@@ -56,7 +65,7 @@ from .receipt import (
     with_card,
     write_receipt,
 )
-from .unlearning_config import UnlearningConfig
+from rfa_llm.unlearning_config import UnlearningConfig
 
 LAST_GOOD_NAME = "last_good_adapter"
 # The adapter where no `peft_config` is given: fields of `LoraConfig`.

@@ -1,6 +1,6 @@
 """Other unlearning methods to measure Residual Feature Alignment against, on the same data, adapters and launching."""
 
-from .config import METHODS, RivalConfig
-from .trainers import RIVALS, RivalTrainer
+from rfa_llm.rivals.config import METHODS, RivalConfig
+from rfa_llm.rivals.trainers import RIVALS, RivalTrainer
 
 __all__ = ["METHODS", "RIVALS", "RivalConfig", "RivalTrainer"]

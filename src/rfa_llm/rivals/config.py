@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..unlearning_config import UnlearningConfig
-from .idk import check_idk_answers
+from rfa_llm.rivals.idk import check_idk_answers
+from rfa_llm.unlearning_config import UnlearningConfig
 
 # Weight of the forget and of the retain loss by default. SimNPO's and UNDIAL's are OpenUnlearning's; gradient ascent
 # has no retain loss.

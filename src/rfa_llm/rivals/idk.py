@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.formats import encode
-from ..data.pairing import ForgetRetainPairs
+from rfa_llm.data.formats import encode
+from rfa_llm.data.pairing import ForgetRetainPairs
 
 IDK_ANSWERS = (
     "I don't know the answer to that.",

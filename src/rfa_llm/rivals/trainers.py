@@ -12,15 +12,15 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .. import reference, residuals
-from ..adapters import adapter_off
-from ..blocks import check_adapter_placement, find_blocks, num_blocks, resolve_blocks
-from ..checkpoints import digest
-from ..data.pairing import PairCollator, pad_rows
-from ..unlearning_trainer import UnlearningTrainer
-from . import losses
-from .config import RivalConfig
-from .idk import IdkInsteadPairs, IdkPairs, read_idk_answers
+from rfa_llm import reference, residuals
+from rfa_llm.adapters import adapter_off
+from rfa_llm.blocks import check_adapter_placement, find_blocks, num_blocks, resolve_blocks
+from rfa_llm.checkpoints import digest
+from rfa_llm.data.pairing import PairCollator, pad_rows
+from rfa_llm.rivals import losses
+from rfa_llm.rivals.config import RivalConfig
+from rfa_llm.rivals.idk import IdkInsteadPairs, IdkPairs, read_idk_answers
+from rfa_llm.unlearning_trainer import UnlearningTrainer
 
 
 class Counts(NamedTuple):
