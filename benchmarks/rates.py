@@ -37,6 +37,7 @@ METHODS = {
     "rmu": "RMU",
     "undial": "UNDIAL",
     "circuit_breaker": "circuit breakers",
+    "circuit_breaker_weight_100": "circuit breakers, forget weight 100",
     "asu": "ASU",
 }
 LAST_STEP = {
