@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,13 +229,31 @@ def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_p
     make_trainer({**config, "mean_rows": 3}, model=saved_llama)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_teachers_features_go_with_the_training_unless_they_have_a_folder(
+    kept, saved_llama, tmp_path, make_trainer
+):
+    tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
+    config = {"shift": "ignorant", "teacher": str(tmp_path / "teacher"), "max_steps": 2}
+    if kept:
+        config["reference_cache_dir"] = str(tmp_path / "cache")
+    trainer = make_trainer(config, model=saved_llama)
+    folder = tmp_path / ("cache" if kept else "adapter/_reference_features")
+    assert len(list(folder.glob("teacher_*"))) == 1
+    # The second training reads a file that may be gone.
+    for _ in range(2):
+        trainer.train()
+        assert len(list(folder.glob("teacher_*"))) == kept
+    assert not (tmp_path / "adapter" / "_reference_features").exists()
+
+
 def test_another_split_of_the_same_tokens_has_features_of_its_own(sets):
     def moved(rows):
         return rows.map(lambda row: {"answer_start": row["answer_start"] + 1}, keep_in_memory=True)
 
     forget, retain = sets
     paths = {
-        teacher_features_path("out", "teacher", "auto", ALIGNED, *both, None, "answer")
+        teacher_features_path(Path("out"), "teacher", "auto", ALIGNED, *both, None, "answer")
         for both in ((forget, retain), (moved(forget), retain), (forget, moved(retain)))
     }
     assert len(paths) == 3

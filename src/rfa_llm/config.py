@@ -48,9 +48,9 @@ class RFAConfig(UnlearningConfig):
             are computed once, before the first step: `"disk"` (memory-mapped), `"memory"` (in each process), `"off"`
             (computed anew in each step), or `"auto"`: disk where they fit, and off where not, without the retain set
             where the run sees none of its rows twice.
-        reference_cache_dir (`str`, *optional*): Folder for `"disk"`, which later runs find again. By default one in
-            `output_dir` that goes when the training ends: the features tell something of the rows. Several machines
-            need one that they share.
+        reference_cache_dir (`str`, *optional*): Folder for `"disk"` and the teacher's features, which later runs find
+            again. By default one in `output_dir` that goes when the training ends: the features tell something of the
+            rows. Several machines need one that they share.
         reference_cache_gb (`float`, defaults to `16.0`): The most that the cache may take, in GB (10⁹ bytes); on disk
             at most half of what is free.
         padding_free (`bool`, defaults to `False`): Whether the rows of a batch follow one another without padding;

@@ -228,7 +228,7 @@ def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) ->
 
 
 def teacher_features_path(
-    output_dir: str,
+    folder: Path,
     teacher: str,
     dtype: str,
     aligned: Sequence[int],
@@ -237,7 +237,7 @@ def teacher_features_path(
     holdout: Dataset | None,
     tokens: str,
 ) -> Path:
-    """Where a run keeps the teacher's features: named by all that they depend on, in a folder that is not pushed."""
+    """Where in the folder a run keeps the teacher's features: named by all that they depend on."""
     # A local teacher may be trained again under the same name.
     weights = sorted(file for file in Path(teacher).glob("*") if file.suffix in (".safetensors", ".bin"))
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
@@ -246,8 +246,7 @@ def teacher_features_path(
     # What the file holds is part of its name, so that one of an earlier version is not read.
     fingerprint = json.dumps(["forget and retain rows", teacher, files, str(dtype), list(aligned), tokens, inputs])
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    # `Trainer.push_to_hub` leaves out folders that begin with an underscore.
-    return Path(output_dir) / "_teacher_features" / f"{digest}.safetensors"
+    return folder / f"teacher_{digest}.safetensors"
 
 
 def write_teacher_features(
@@ -267,8 +266,8 @@ def write_teacher_features(
 
     The file holds, for each aligned block, the features of the tokens that count of the forget rows and then of the
     retain rows (`block_{b}` `[all tokens, hidden]`, the teacher's dtype), and where each row begins (`offsets`
-    `[rows + 1]`); with a holdout set also the teacher's mean answer losses on the forget and the holdout set
-    (`answer_losses` `[2]`, nats per token). It appears whole or not at all.
+    `[rows + 1]`), and the teacher's mean answer losses on the forget and the holdout set (`answer_losses` `[2]`, nats
+    per token; `[0]` without a holdout set). It appears whole or not at all.
 
     Args:
         path: From `teacher_features_path`.
@@ -286,10 +285,9 @@ def write_teacher_features(
         forget_batches = batches(forget, tokens, pad_token_id, batch_size, "Teacher on the forget set")
         retain_batches = batches(retain, tokens, pad_token_id, batch_size, "Teacher on the retain set")
         tensors = row_features(run, chain(forget_batches, retain_batches), aligned, device)
-        if holdout is not None:
-            sets = {"forget": forget, "holdout": holdout}
-            losses = [answer_loss(model, rows, batch_size, f"Teacher, {name}: losses") for name, rows in sets.items()]
-            tensors["answer_losses"] = torch.tensor(losses, dtype=torch.float64)
+        sets = {} if holdout is None else {"forget": forget, "holdout": holdout}
+        losses = [answer_loss(model, rows, batch_size, f"Teacher, {name}: losses") for name, rows in sets.items()]
+        tensors["answer_losses"] = torch.tensor(losses, dtype=torch.float64)
     del model, blocks, run
     gc.collect()
     if device.type == "cuda":
@@ -298,7 +296,7 @@ def write_teacher_features(
 
 
 class TeacherFeatures:
-    """Reads what `write_teacher_features` wrote, row by row, memory-mapped.
+    """Reads what `write_teacher_features` wrote, row by row, memory-mapped; stays readable when the file is deleted.
 
     Args:
         path: The file.
@@ -307,11 +305,15 @@ class TeacherFeatures:
 
     Attributes:
         name: Of the file, which stands for all that the features depend on (`teacher_features_path`).
+        answer_losses: The teacher's mean answer losses on the forget and the holdout set, nats per token; empty
+            without a holdout set.
     """
 
     def __init__(self, path: Path, aligned: Sequence[int], num_forget: int):
-        self.name, self._path = path.stem, path
+        self.name = path.stem
         self._features, self._num_forget = FeatureRows(path, aligned), num_forget
+        with safe_open(path, framework="pt") as file:
+            self.answer_losses = file.get_tensor("answer_losses").tolist()
 
     def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these forget rows' counted tokens, one row after the other, `[n, hidden]` a block."""
@@ -320,8 +322,3 @@ class TeacherFeatures:
     def retain_rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Features of these retain rows' counted tokens, likewise."""
         return self.rows([self._num_forget + index for index in indices])
-
-    def answer_losses(self) -> list[float]:
-        """The teacher's mean answer losses on the forget and the holdout set, nats per token, where there is one."""
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor("answer_losses").tolist()

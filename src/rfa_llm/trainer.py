@@ -405,7 +405,7 @@ class RFATrainer(UnlearningTrainer):
     def _retrained_answer_loss(self, model: nn.Module) -> float:
         """Estimate of the forget answers' mean loss for a model that was fine-tuned without them: the teacher's, and
         what the fine-tuning added to it on rows that were not part of it."""
-        forget, holdout = self._teacher.answer_losses()
+        forget, holdout = self._teacher.answer_losses
         # Each machine may have run the teacher for itself.
         difference = reduce(torch.tensor(forget - holdout, device=self.args.device), "mean").item()
         return difference + self._holdout_answer_loss(model)
@@ -447,7 +447,7 @@ class RFATrainer(UnlearningTrainer):
         args, model = self.args, self._peft_model()
         if args.reference_cache == "off":
             return {}
-        folder = None if args.reference_cache == "memory" else self._cache_dir()
+        folder = None if args.reference_cache == "memory" else self._cache_dir(args)
         config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
         key = [self._fingerprint["base_model"], config, model.config._attn_implementation]
         key.append(self.accelerator.mixed_precision)
@@ -507,9 +507,9 @@ class RFATrainer(UnlearningTrainer):
         for before, now in zip(cache.rows([row]), again, strict=True):
             if not residuals.squared_ratio(now - before, now).mean() < ROUNDING**2:
                 raise ValueError(
-                    f"reference_cache_dir: the features in {str(self._cache_dir())!r} are not those that the model "
-                    "gives, so its weights or buffers were changed after the trainer was made, or the files; change "
-                    "the model before, or name another folder."
+                    f"reference_cache_dir: the features in {str(self._cache_dir(self.args))!r} are not those that the "
+                    "model gives, so its weights or buffers were changed after the trainer was made, or the files; "
+                    "change the model before, or name another folder."
                 )
 
     def _check_padding_free(self, cache: FeatureCache, run: Callable[..., list[torch.Tensor]]) -> None:
@@ -528,20 +528,21 @@ class RFATrainer(UnlearningTrainer):
                     "another other features than each alone; leave it out."
                 )
 
-    def _cache_dir(self) -> Path:
+    def _cache_dir(self, args: RFAConfig) -> Path:
         # `Trainer.push_to_hub` leaves out folders that begin with an underscore.
-        return Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "_reference_features")
+        return Path(args.reference_cache_dir or Path(args.output_dir) / "_reference_features")
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As [`UnlearningTrainer.train`]; reference features are computed before the first step, and those on disk are
-        deleted when it ends, well or not, unless `reference_cache_dir` is set."""
+        """As [`UnlearningTrainer.train`]; reference features are computed before the first step, and those on disk and
+        the teacher's are deleted when it ends, well or not, unless `reference_cache_dir` is set."""
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._cached = {}
-            own = self.args.reference_cache_dir is None and self._cache_dir().exists()
+            folder = self._cache_dir(self.args)
+            own = self.args.reference_cache_dir is None and folder.exists()
             if own and self.accelerator.is_main_process:
-                shutil.rmtree(self._cache_dir())
+                shutil.rmtree(folder)
 
     def _make_shift_vectors(self) -> torch.Tensor:
         """What the shift needs at each block, float32: means or random directions `[blocks, hidden]`, the style's maps
@@ -597,7 +598,7 @@ class RFATrainer(UnlearningTrainer):
                 )
         dtype = settings.get("dtype", "auto")
         path = reference.teacher_features_path(
-            args.output_dir,
+            self._cache_dir(args),
             args.teacher,
             dtype,
             self.aligned,
