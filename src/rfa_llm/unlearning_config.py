@@ -38,7 +38,13 @@ class UnlearningConfig(TrainingArguments):
     # argparse cannot turn a string into this union of inherited fields, so they are listed for it, as trl does.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
+    # Of the command line's help.
+    _argument_group_name = "training: TrainingArguments, and what unlearning adds at the end"
+
     # Defaults that differ from TrainingArguments.
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the adapter, its model card and its receipt."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for AdamW."})
     num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the forget set."})
     per_device_train_batch_size: int = field(

@@ -34,8 +34,14 @@ class EvaluateArguments:
     facts_dir: str | None = field(
         default=None, metadata={"help": "Folder of real authors and world facts, where it is not data_dir."}
     )
-    forget_config: str = field(default="forget10_perturbed", metadata={"help": "Configuration of the forget set."})
-    retain_config: str = field(default="retain_perturbed", metadata={"help": "Configuration of the retain set."})
+    forget_config: str = field(
+        default="forget10_perturbed",
+        metadata={
+            "help": "The forget set's questions, with paraphrased and wrong answers: a configuration of TOFU, or the "
+            "name of a .jsonl file in data_dir."
+        },
+    )
+    retain_config: str = field(default="retain_perturbed", metadata={"help": "The retain set's, likewise."})
     holdout_dataset: str | None = field(
         default=None,
         metadata={

@@ -28,6 +28,8 @@ from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
 class FinetuneArguments:
     """What to fine-tune on."""
 
+    _argument_group_name = "data"
+
     train_dataset: str = field(
         default=None, metadata={"help": "Rows: a .jsonl, .json, .csv or .parquet file, or a Hub id. Required."}
     )
@@ -43,6 +45,9 @@ class FinetuneArguments:
 class FinetuneConfig(TrainingArguments):
     """`TrainingArguments` with the recipe of our TOFU targets as defaults."""
 
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the fine-tuned model."})
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for AdamW."})
     num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per device and step."})
@@ -54,6 +59,11 @@ class FinetuneConfig(TrainingArguments):
 class FinetuneModelConfig(ModelConfig):
     """trl's `ModelConfig`, with LoRA of rank 32 on every linear layer of every block as the default."""
 
+    _argument_group_name = "model and adapter"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to fine-tune: a Hub id or a folder. Required."}
+    )
     dtype: str | None = field(default="auto", metadata={"help": "dtype of the model."})
     use_peft: bool = field(default=True, metadata={"help": "LoRA, merged at the end; off trains all weights."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})

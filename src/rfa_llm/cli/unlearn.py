@@ -22,6 +22,8 @@ from rfa_llm.unlearning_trainer import DEFAULT_LORA
 class UnlearnArguments:
     """The sets of `rfa-llm unlearn`."""
 
+    _argument_group_name = "sets"
+
     forget_dataset: str = field(
         default=None,
         metadata={"help": "Rows to forget: a .jsonl, .json, .csv or .parquet file, or a Hub id. Required."},
@@ -47,6 +49,11 @@ class UnlearnArguments:
 class UnlearnModelConfig(ModelConfig):
     """trl's `ModelConfig` with RFA's defaults; without `--lora_target_modules` the trainer places the adapter."""
 
+    _argument_group_name = "model, adapter and quantization"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model that has to forget: a Hub id or a folder. Required."}
+    )
     dtype: str | None = field(
         default="auto",
         metadata={
