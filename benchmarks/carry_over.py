@@ -5,13 +5,15 @@
 Prints, for each way to stop, a row for each forget set and each dtype and machine that it was computed in: the median
 of the forget quality and the mean of all else over the seeds, with the least and the greatest. Utility is over the
 target's, scored in the same dtype on the same kind of machine: the mean of its scorings, since the question sets that
-it is of are the same for all four forget sets.
+it is of are the same for all four forget sets. Below them, for the text of that page, it prints how far each run is
+from its retain-only model in four membership attacks and in the logarithms of the truth ratios.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from math import log
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -128,5 +130,27 @@ def tables() -> str:
     )
 
 
+def differences() -> str:
+    """Each run minus its retain-only model: the attacks' AUC, and mean and standard deviation of the logarithms of the
+    forget set's truth ratios, as Markdown."""
+    attacks = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+    columns = ("run", *attacks, "log truth ratio, mean", "deviation")
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+
+    def figures(point: dict) -> list[float]:
+        logs = [log(ratio) for ratio in point["forget_truth_ratios"]]
+        return [*(point["summary"][name] for name in attacks), mean(logs), stdev(logs)]
+
+    for folder in (folder for folders in FORGET_SETS.values() for folder in folders):
+        retain_only = figures(read(RESULTS / folder / "retain-only.json")["points"][-1])
+        for method in METHODS:
+            for file in sorted((RESULTS / folder).glob(f"{method}_lr0.002_seed*.json")):
+                ours = figures(read(file)["points"][-1])
+                cells = [f"{one - other:+.3f}" for one, other in zip(ours, retain_only, strict=True)]
+                lines.append(f"| {folder}/{file.stem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(tables())
+    print(f"\n{differences()}")
