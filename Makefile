@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a machine with Python >= 3.10, pip and make; the rest is for us.
+# `make demo` and `make test` work on a machine with Python >= 3.11, pip and make; the rest is for us.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -16,7 +16,7 @@ import os
 import platform
 import secrets
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -252,10 +252,8 @@ def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"folder: {str(folder)!r} has no {path.name}; give the folder that `rfa-llm unlearn` wrote.")
-    weights = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            weights.update(block)
+        weights = hashlib.file_digest(file, "sha256")
     place = ("base_model_name_or_path", "revision")
     config = {name: value for name, value in read_adapter_config(folder).items() if name not in place}
     text = json.dumps(config, sort_keys=True)
@@ -333,7 +331,7 @@ def make_receipt(
     return sealed(
         {
             "format": FORMAT,
-            "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             # Of the first process.
             "machine": {**machine(), "device": args.device.type},
