@@ -112,6 +112,14 @@ def test_the_end_is_evaluated_once_whatever_ends_the_training(max_steps, stop, s
     assert not any("forget_quality" in of_step for of_step in figures(trainer).values())
 
 
+def test_speed_in_the_log_of_each_step_is_no_end(make_trainer):
+    trainer = make_trainer({**CONFIG, "max_steps": 3, "include_num_input_tokens_seen": "all"})
+    trainer.add_callback(TofuEvaluationCallback(trainer, question_sets(), steps=2, **SHORT))
+    trainer.train()
+    assert all("train_runtime" in log for log in trainer.state.log_history if "loss" in log)
+    assert list(figures(trainer)) == [2, 3]
+
+
 class StopAfterAll(TrainerCallback):
     """Ends a training at the last event of an epoch that callbacks see."""
 

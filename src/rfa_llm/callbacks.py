@@ -95,8 +95,9 @@ class TofuEvaluationCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs, model, processing_class, **kwargs):
         # The summary at the end, where another callback ended the training, at whatever event. `on_train_end` would be
-        # too late: the trackers are closed by then.
-        if "train_runtime" in logs:
+        # too late: the trackers are closed by then. The summary alone has the mean loss (`train_runtime` may be in
+        # each step's log).
+        if "train_loss" in logs:
             self._evaluate(state, control, model, processing_class)
 
 

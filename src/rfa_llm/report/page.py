@@ -369,7 +369,7 @@ def _machine(run: Run) -> Section:
 
 def _cost(run: Run) -> dict[str, str]:
     """Time and memory from the summary that the Trainer logs at the end; empty where there is none."""
-    ends = [entry for entry in run.history if "train_runtime" in entry]
+    ends = [entry for entry in run.history if "train_loss" in entry]
     if not ends:
         return {}
     end = ends[-1]
