@@ -340,6 +340,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_pat
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
+def test_a_run_whose_loss_is_not_finite_ends_no_other(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "results" / "table.md").unlink()
+    with pytest.raises(ValueError, match=r"^learning_rates: rfa_lr1e\+30_seed0 came to losses that are not finite"):
+        benchmark(arguments(folder, out, learning_rates=[1e30, 1e-3]))
+    names = {file.name for file in (finished / "results").iterdir()}
+    assert {file.name for file in (out / "results").iterdir()} == names
+    assert (out / "results" / "table.md").read_text() == (finished / "results" / "table.md").read_text()
+
+
 def result(rate: float, seed: int, qualities: list[float], utilities: list[float]) -> dict:
     points = [
         {"step": 5 * (i + 1), "summary": {**SUMMARY, "forget_quality": quality, "model_utility": utility}}
@@ -527,8 +537,11 @@ def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path
     (data / "forget.jsonl").write_text(forget)
     assert benchmark(arguments(folder, finished, **other)) == (finished / "results" / "table.md").read_text()
     (data / "full.jsonl").write_text(forget)
-    with pytest.raises(ValueError, match="output_dir: .*target was not fine-tuned on the rows that full has"):
+    with pytest.raises(ValueError, match="output_dir: .*target was not fine-tuned from .* on the rows that full has"):
         benchmark(arguments(folder, finished, **other))
+    for changed in ({"base_model": "another"}, {"finetuning": {"max_steps": 61}}):
+        with pytest.raises(ValueError, match="output_dir: .*target was not fine-tuned from base_model="):
+            benchmark(arguments(folder, finished, **changed))
 
 
 def test_results_of_other_models_or_scored_otherwise_are_refused(finished, folder, tmp_path):

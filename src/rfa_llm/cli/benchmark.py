@@ -35,6 +35,7 @@ from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
 from rfa_llm.evaluation import write_log
+from rfa_llm.evaluation.scores import BrokenModelError
 from rfa_llm.evaluation.suite import check_sizes
 
 # Beside a model that was fine-tuned here, what it was fine-tuned on.
@@ -151,7 +152,7 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
     A retain-only model whose result is in `results` is not needed any more, and not made.
 
     Raises:
-        ValueError: One is missing and there is no base, or one that is there was not fine-tuned on these rows.
+        ValueError: One is missing and there is no base, or one that is there was fine-tuned otherwise.
     """
     if args.demo_models:
         models = folder / "models"
@@ -173,12 +174,17 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
             paths.append(str(path))
             continue
         dataset = load_tofu(rows, args.data_dir)
-        trained_on = {"rows": digest(json.dumps(dataset[:]))}
+        trained_on = {
+            "rows": digest(json.dumps(dataset[:])),
+            "base_model": args.base_model,
+            "finetuning": args.finetuning or {},
+        }
         if path.exists():
             note = path / TRAINED_ON
             if not note.exists() or _read(note) != trained_on:
                 raise ValueError(
-                    f"output_dir: {path} was not fine-tuned on the rows that {rows} has; choose another folder."
+                    f"output_dir: {path} was not fine-tuned from base_model={args.base_model!r} with "
+                    f"finetuning={args.finetuning} on the rows that {rows} has; choose another folder."
                 )
         else:
             if args.base_model is None:
@@ -239,7 +245,7 @@ def benchmark(args: BenchmarkArguments) -> str:
 
     Raises:
         ValueError: A setting, a set, a model or a result that is there is not what it should be; before any training
-            where that can be.
+            where that can be. Or some runs came to losses that are not finite; the table has the others.
     """
     # A wrong setting ends it now and not after hours.
     for name in args.methods:
@@ -288,11 +294,18 @@ def benchmark(args: BenchmarkArguments) -> str:
             f"0, see {results / 'target.json'}); give a better model, or sets that it knows."
         )
 
-    def run(one: Run) -> dict:
+    broken = []
+
+    def run(one: Run) -> None:
         file = results / f"{run_name(one)}.json"
         print(f"\n{run_name(one)}{' (done)' if file.exists() else ''}", flush=True)
         to = folder / "runs" / run_name(one)
-        return train_and_score(one, target, forget, retain, holdout, sets, file, to, scoring)
+        try:
+            train_and_score(one, target, forget, retain, holdout, sets, file, to, scoring)
+        except (FloatingPointError, BrokenModelError) as error:
+            # The other rates and methods are worth having.
+            print(f"{run_name(one)} has no result: {error}", flush=True)
+            broken.append(run_name(one))
 
     def chosen(name: str) -> list[dict]:
         """A method's results, also those of other times, at the learning rate that is best on its first seed."""
@@ -319,15 +332,20 @@ def benchmark(args: BenchmarkArguments) -> str:
             continue
         for rate in settings.get("learning_rates", args.learning_rates):
             run(prepared(name, rate, args.seeds[0]))
-        rate = chosen(name)[0]["run"]["learning_rate"]
-        for seed in args.seeds[1:]:
-            run(prepared(name, rate, seed))
+        done = chosen(name)
+        for seed in args.seeds[1:] if done else []:
+            run(prepared(name, done[0]["run"]["learning_rate"], seed))
     methods = {name: results_of for name in args.methods if (results_of := chosen(name))}
 
     text = table(models, methods)
     (results / "table.md").write_text(text, encoding="utf-8")
     draw(models, methods, results / "picture.svg")
     print(f"\n{text}\nResults, table.md and picture.svg are in {results}.")
+    if broken:
+        raise ValueError(
+            f"learning_rates: {', '.join(broken)} came to losses that are not finite and have no result; give lower "
+            "ones."
+        )
     return text
 
 
