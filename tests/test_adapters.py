@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 
-from rfa_llm.adapters import adapter_off, computing_in_model_dtype, read_adapter, scale_adapter
+from rfa_llm.adapters import adapter_off, base_revision, computing_in_model_dtype, read_adapter, scale_adapter
 from rfa_llm.evaluation.scores import next_token_logits
 
 CPU = torch.device("cpu")
@@ -120,3 +120,9 @@ def test_what_was_frozen_stays_frozen_when_something_fails_with_the_adapter_off(
     with pytest.raises(KeyboardInterrupt), adapter_off(model):
         raise KeyboardInterrupt
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "v2"), ("me/base", "v2"), ("me/another", None)])
+def test_an_adapters_revision_is_of_the_base_that_it_names(given, expected):
+    assert base_revision("v2", "me/base", given) == ({"revision": expected} if expected else {})
+    assert base_revision(None, "me/base", given) == {}

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from rfa_llm.blocks import num_blocks, placed
+from rfa_llm.cli import evaluate, unlearn
 from rfa_llm.cli import merge as merge_cli
-from rfa_llm.cli import unlearn
 from rfa_llm.cli.main import COMMANDS
 from rfa_llm.cli.merge import MergeArguments, merge
 from rfa_llm.data.formats import encode
-from rfa_llm.evaluation import next_token_kl, next_token_logits
+from rfa_llm.evaluation import next_token_kl, next_token_logits, read_log, summary
 
 SCALE = 2.0  # lora_alpha / r of tiny_lora
 
@@ -315,12 +315,26 @@ def test_the_base_is_the_revision_that_the_adapter_was_trained_on(
         + ["--forget_dataset", str(tmp_path / "forget.jsonl"), "--retain_dataset", str(tmp_path / "retain.jsonl")]
         + ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--lora_r", "4", "--save_strategy", "no"]
     )
+    unlearned = str(tmp_path / "unlearned")
     for name, base in (("its own", None), ("given", "us/moved")):
-        args = arguments(
-            adapter_name_or_path=str(tmp_path / "unlearned"), model_name_or_path=base, output_dir=str(tmp_path / name)
-        )
+        args = arguments(adapter_name_or_path=unlearned, model_name_or_path=base, output_dir=str(tmp_path / name))
         merge(args)
         assert AutoModelForCausalLM.from_pretrained(args.output_dir).config.num_hidden_layers == 2
+    # The base's name alone is `main`, with the adapter it is the adapter's.
+    merge(arguments(adapter_name_or_path=unlearned, model_name_or_path="us/tiny", output_dir=str(tmp_path / "named")))
+    questions = tiny_rows(2, first=0).map(lambda row: {"paraphrased_answer": "w1", "perturbed_answer": ["w2"]})
+    for name in ("forget10", "retain", "real_authors", "world_facts"):
+        questions.to_json(tmp_path / f"{name}_perturbed.jsonl")
+    figures = []
+    for model, more in (
+        (str(tmp_path / "named"), []),
+        ("us/tiny", ["--adapter_name_or_path", unlearned]),
+        ("us/tiny", ["--model_revision", "main"]),
+    ):
+        words = ["--model_name_or_path", model, *more, "--use_cpu", "--data_dir", str(tmp_path)]
+        evaluate.main([*words, "--max_new_tokens", "2", "--output_file", str(tmp_path / "log.json")])
+        figures.append(summary(read_log(tmp_path / "log.json"))["forget_truth_ratio"])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[0] != pytest.approx(figures[2], rel=1e-3)
 
 
 def test_the_command_prints_the_figures(arguments, adapter, capsys):

@@ -91,14 +91,14 @@ def read_adapter(adapter: str) -> PeftConfig:
     return config
 
 
-def base_revision(revision: str | None, given: str | None) -> dict[str, str]:
+def base_revision(revision: str | None, name: str | None, given: str | None) -> dict[str, str]:
     """The `revision` to load an adapter's base with, as an argument of `from_pretrained`; none where there is none.
 
     Args:
-        revision: The adapter's, which is of the base that it names.
-        given: The base that is given in its place, which stands for itself.
+        revision, name: The adapter's revision, which is of the base that it names, and that name.
+        given: The base that is asked for; another than the adapter's stands for itself.
     """
-    return {"revision": revision} if revision and given is None else {}
+    return {"revision": revision} if revision and given in (None, name) else {}
 
 
 def on_its_base(model: PreTrainedModel, adapter: str) -> PeftModel:

@@ -9,7 +9,7 @@ import pandas as pd
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rfa_llm.adapters import on_its_base, read_adapter
+from rfa_llm.adapters import base_revision, on_its_base, read_adapter
 from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_tofu
@@ -22,6 +22,10 @@ class EvaluateArguments:
     """What to score, and on which questions."""
 
     model_name_or_path: str = field(default=None, metadata={"help": "The model: an id or a path. Required."})
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the model. Default: the adapter's, where it names this model."},
+    )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "An adapter to put on it."})
     output_file: str = field(default="TOFU_EVAL.json", metadata={"help": "Where the log goes, as JSON."})
     retain_log: str | None = field(
@@ -91,21 +95,21 @@ def score(args: EvaluateArguments) -> dict:
     if Path(args.output_file).is_dir():
         raise ValueError(f"output_file: {args.output_file!r} is a folder; give the name of a file.")
     check_sizes(args.batch_size, args.max_new_tokens)
-    if args.gradient_norm and args.holdout_dataset is None:
-        raise ValueError("holdout_dataset: gradient_norm is an attack against one, but none is given; give it too.")
+    source = {} if args.model_revision is None else {"revision": args.model_revision}
     if args.adapter_name_or_path is not None:
-        read_adapter(args.adapter_name_or_path)
+        adapter = read_adapter(args.adapter_name_or_path)
+        source = base_revision(adapter.revision, adapter.base_model_name_or_path, args.model_name_or_path) | source
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
-    retain_log = check_questions(sets, args.retain_log)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    retain_log = check_questions(sets, args.retain_log, args.gradient_norm)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **source)
     if args.adapter_name_or_path is not None:
         model = on_its_base(model, args.adapter_name_or_path)
     model.to(PartialState(cpu=args.use_cpu).device)
     log = evaluate_tofu(
         model,
-        AutoTokenizer.from_pretrained(args.model_name_or_path),
+        AutoTokenizer.from_pretrained(args.model_name_or_path, **source),
         sets,
         batch_size=args.batch_size,
         retain_log=retain_log,

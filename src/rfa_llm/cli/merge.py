@@ -124,7 +124,7 @@ def merge(args: MergeArguments) -> dict[str, float]:
             f"{args.adapter_name_or_path!r} was trained on."
         )
     # As `rfa-llm unlearn --model_revision` wrote it into the adapter.
-    source = base_revision(adapter.revision, args.model_name_or_path)
+    source = base_revision(adapter.revision, adapter.base_model_name_or_path, args.model_name_or_path)
     rows = load_rows(args.sample_dataset, "sample_dataset", args.sample_config, args.dataset_split)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_name, **source)

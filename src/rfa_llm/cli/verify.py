@@ -283,7 +283,7 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
             "of the same weights."
         )
     device = PartialState(cpu=args.use_cpu).device
-    revision = base_revision(config["revision"], args.model_name_or_path)
+    revision = base_revision(config["revision"], config["base_model_name_or_path"], args.model_name_or_path)
     settings = {"dtype": base["dtype"], "device_map": {"": device}, **revision}
     # Checkpoints that are quantized themselves need no word.
     if base["quantization"] is not None and base["quantization"]["quant_method"] == "bitsandbytes":
@@ -298,7 +298,8 @@ def load_base(args: VerifyArguments, receipt: dict) -> PreTrainedModel:
 
 def load_tokenizer(args: VerifyArguments, base: str, beside: bool) -> PreTrainedTokenizerBase:
     """The run's tokenizer, beside its adapter; the base's where none lies there."""
-    revision = base_revision(read_adapter_config(args.folder)["revision"], args.model_name_or_path)
+    config = read_adapter_config(args.folder)
+    revision = base_revision(config["revision"], config["base_model_name_or_path"], args.model_name_or_path)
     name, source, more = ("folder", args.folder, {}) if beside else ("model_name_or_path", base, revision)
     try:
         return AutoTokenizer.from_pretrained(source, **more)

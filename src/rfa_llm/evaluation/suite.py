@@ -103,13 +103,13 @@ def evaluate_tofu(
         reference attack.
 
     Raises:
-        ValueError: a set or a column is missing, a set or its wrong answers are empty, holdout rows are in the forget
-            or the retain set, `retain_log` is of another forget set or another number of holdout rows, a number is
-            below 1, or the tokenizer has no end token.
+        ValueError: a set or a column is missing, also the holdout set where `gradient_norm` needs it, a set or its
+            wrong answers are empty, holdout rows are in the forget or the retain set, `retain_log` is of another
+            forget set or another number of holdout rows, a number is below 1, or the tokenizer has no end token.
     """
     check_sizes(batch_size, max_new_tokens)
     check_tokenizer(tokenizer)
-    retain_log = check_questions(sets, retain_log)
+    retain_log = check_questions(sets, retain_log, gradient_norm)
     questions = {name: list(sets[name]) for name in SETS}
     log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
     for name, rows in questions.items():
@@ -154,11 +154,13 @@ def check_sizes(batch_size: int, max_new_tokens: int) -> None:
         raise ValueError(f"batch_size, max_new_tokens: {batch_size} and {max_new_tokens} must both be 1 or more.")
 
 
-def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike | dict | None) -> dict | None:
+def check_questions(
+    sets: Mapping[str, Dataset], retain_log: str | os.PathLike | dict | None, gradient_norm: bool = False
+) -> dict | None:
     """Check what `evaluate_tofu` is to be given, before hours of anything else.
 
     Args:
-        sets, retain_log: as in `evaluate_tofu`.
+        sets, retain_log, gradient_norm: as in `evaluate_tofu`.
 
     Returns:
         The retain log, read.
@@ -169,6 +171,8 @@ def check_questions(sets: Mapping[str, Dataset], retain_log: str | os.PathLike |
     checked = {name: has_paraphrases for name, (_, has_paraphrases) in SETS.items()}
     if "holdout" in sets:
         checked["holdout"] = False
+    elif gradient_norm:
+        raise ValueError("gradient_norm: it is an attack against a holdout set, but none is given; give it too.")
     for name, has_paraphrases in checked.items():
         if name not in sets:
             raise ValueError(f"the question set {name!r} is missing (found {sorted(sets)}); give all of {list(SETS)}.")
