@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from rfa_llm.cli import evaluate, finetune, unlearn
 from rfa_llm.cli.launch import launch
 from rfa_llm.cli.main import run
+from rfa_llm.cli.settings import read_settings
+from rfa_llm.config import RFAConfig
 from rfa_llm.data.formats import encode
 from rfa_llm.evaluation import read_log, summary
 from rfa_llm.receipt import read_receipt
@@ -109,9 +111,7 @@ def test_sets_of_the_hub_are_those_of_their_configurations(saved_llama, data_dir
         "--output_file",
         str(tmp_path / "log.json"),
     ]
-    with pytest.raises(
-        ValueError, match="^holdout_dataset: gradient_norm is an attack against one, but none is given"
-    ):
+    with pytest.raises(ValueError, match="^gradient_norm: it is an attack against a holdout set, but none is given"):
         evaluate.main([*words, "--gradient_norm"])
     evaluate.main([*words, "--holdout_dataset", "me/rows", "--holdout_config", "holdout10", "--gradient_norm"])
     attack = read_log(tmp_path / "log.json")["mia_gradnorm"]
@@ -129,6 +129,20 @@ def test_evaluate_refuses_an_adapter_of_another_model(saved_llama, data_dir, tmp
     with pytest.raises(ValueError, match="^adapter_name_or_path: .* is no adapter"):
         evaluate.main([*words[:-1], str(data_dir), "--output_file", str(tmp_path / "log.json")])
     assert not (tmp_path / "log.json").exists()
+
+
+@pytest.mark.parametrize("dataclass", [RFAConfig, finetune.FinetuneConfig])
+def test_resume_from_checkpoint_is_a_folder_or_a_yes(dataclass, tmp_path):
+    for text, value in (("true", True), ("False", False), ("some/folder", "some/folder")):
+        words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", text]
+        (settings,) = read_settings((dataclass,), "unlearn", words)
+        assert settings.resume_from_checkpoint == value
+
+
+def test_finetune_is_refused_where_several_processes_were_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^args: 2 processes were started, and a model is fine-tuned here in one"):
+        finetune.main(["--model_name_or_path", "x", "--train_dataset", "y", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("use_peft", ["true", "false"])

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from rfa_llm import RFAConfig
 from rfa_llm.blocks import lora_placement
 from rfa_llm.checkpoints import METHOD_STATE_NAME, newest_whole_checkpoint
 from rfa_llm.memory import peak_bytes
@@ -354,11 +353,6 @@ def test_a_checkpoint_of_sharded_optimizers_is_refused_without_them(make_trainer
     trainer.train()
     with pytest.raises(ValueError, match="^launch: .* trained with ZeRO-2 on 2 processes, but this run has the whole"):
         make_trainer(config).train(resume_from_checkpoint=True)
-
-
-def test_resume_from_checkpoint_as_the_command_line_hands_it_over(tmp_path):
-    for text, value in (("true", True), ("false", False), ("some/folder", "some/folder")):
-        assert RFAConfig(output_dir=str(tmp_path), resume_from_checkpoint=text).resume_from_checkpoint == value
 
 
 def test_a_half_written_checkpoint_is_passed_over(make_trainer):

@@ -123,9 +123,6 @@ class UnlearningConfig(TrainingArguments):
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             # DeepSpeed refuses a launch file and arguments that differ.
             self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        if self.resume_from_checkpoint in ("true", "True", "false", "False"):
-            # Text, as the command line hands it over.
-            self.resume_from_checkpoint = self.resume_from_checkpoint in ("true", "True")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(
                 f"num_train_epochs: {self.num_train_epochs} trains nothing; give more than 0, or set max_steps."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -36,9 +36,6 @@ class FinetuneArguments:
     train_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the model's folder or repository."})
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "Jinja file whose chat template takes the place of the tokenizer's."}
-    )
 
 
 @dataclass
@@ -53,6 +50,14 @@ class FinetuneConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per device and step."})
     warmup_steps: float = field(default=10, metadata={"help": "Warm-up steps, or their share of all if below 1."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
+
+    def __post_init__(self):
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > 1:
+            raise ValueError(
+                f"args: {started} processes were started, and a model is fine-tuned here in one; start one."
+            )
+        super().__post_init__()
 
 
 @dataclass
@@ -142,8 +147,6 @@ def main(argv: list[str]) -> None:
     dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     source = {"revision": model_args.model_revision, "gguf_file": data_args.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
-    if data_args.chat_template_path is not None:
-        tokenizer.chat_template = Path(data_args.chat_template_path).read_text(encoding="utf-8")
     if data_args.gguf_file is None:
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     else:

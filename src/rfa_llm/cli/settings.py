@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
+from transformers import TrainingArguments
 from trl import TrlParser
 
 # argparse's own usage would list hundreds of settings before each error.
@@ -84,6 +85,10 @@ def read_settings(
         if not Path(file).is_file():
             raise ValueError(f"config: {file!r} is no file; give a YAML file of settings.")
     *settings, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    for one in settings:
+        if isinstance(one, TrainingArguments) and one.resume_from_checkpoint in ("true", "True", "false", "False"):
+            # A folder or a yes, so argparse leaves it text.
+            one.resume_from_checkpoint = one.resume_from_checkpoint in ("true", "True")
     if unknown:
         raise ValueError(f"{unknown[0]}: there is no such setting; `rfa-llm {command} --help` lists them.")
     return tuple(settings)
