@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
 from datasets import Dataset
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BitsAndBytesConfig,
@@ -382,6 +382,14 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_run(make_trainer):
     last_good(trainer)
 
 
+def test_a_loss_that_is_not_finite_right_after_a_resume_is_not_the_dtypes_fault(make_trainer):
+    config = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer({**config, "max_steps": 2}, shift=not_finite_from_step(9)).train()
+    trainer = make_trainer({**config, "max_steps": 4, "overwrite_output_dir": True}, shift=not_finite_from_step(1))
+    with pytest.raises(FloatingPointError, match="at step 3, the first one since the checkpoint; go on from an older"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_loss_that_is_never_finite(make_trainer):
     trainer = make_trainer(shift=not_finite_from_step(1))
     with pytest.raises(FloatingPointError, match="on the forget set is not finite at step 1, before the adapter has"):
@@ -458,13 +466,31 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
 def test_processes_of_unlike_numbers_of_batches_and_batches_cut_by_others_are_refused(monkeypatch):
     """The first would wait for ever in the sum over all tokens of a step."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    two = {"n_gpu": 1, "world_size": 2}
     for settings in ({}, {"even_batches": False, "split_batches": True}):
-        _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(**settings)))
+        _check_launch(SimpleNamespace(world_size=2, accelerator_config=AcceleratorConfig(**settings)))
     with pytest.raises(ValueError, match="accelerator_config: even_batches=False may leave a process"):
-        _check_launch(SimpleNamespace(**two, accelerator_config=AcceleratorConfig(even_batches=False)))
+        _check_launch(SimpleNamespace(world_size=2, accelerator_config=AcceleratorConfig(even_batches=False)))
     monkeypatch.delenv("WORLD_SIZE")
-    for given in ({"n_gpu": 2}, {"n_gpu": 1, "dispatch_batches": True}):
-        accelerator = AcceleratorConfig(dispatch_batches=given.get("dispatch_batches"))
-        with pytest.raises(ValueError, match="^args: DataParallel .* and dispatch_batches would cut a batch between"):
-            _check_launch(SimpleNamespace(n_gpu=given["n_gpu"], world_size=1, accelerator_config=accelerator))
+    with pytest.raises(ValueError, match="^accelerator_config: dispatch_batches would cut a batch between"):
+        _check_launch(SimpleNamespace(world_size=1, accelerator_config=AcceleratorConfig(dispatch_batches=True)))
+
+
+def test_several_gpus_of_one_process_are_for_a_model_that_is_spread_over_them(forget, retain, tokenizer, tmp_path):
+    def trainer(model):
+        args = RFAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        assert args.n_gpu <= 1
+        args._n_gpu = 2
+        return RFATrainer(model, args, forget, retain, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match="^args: DataParallel .* would cut a batch between its forget and its retain"):
+        trainer(tiny_llama())
+    spread = tiny_llama()
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
+    assert trainer(spread).args.n_gpu == 1
+
+
+def test_an_adapters_own_dropout_stays(make_trainer):
+    config = VeraConfig(vera_dropout=0.25, target_modules=["q_proj", "o_proj"], r=2)
+    trainer = make_trainer(model=tiny_llama(attention_dropout=0.5), peft_config=config)
+    attention = trainer.model.get_base_model().model.layers[0].self_attn
+    assert attention.q_proj.vera_dropout["default"].p == 0.25 and attention.attention_dropout == 0.0

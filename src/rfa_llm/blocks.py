@@ -9,6 +9,7 @@ from itertools import islice
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -211,7 +212,8 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
     trainable = {name: block_of.get(id(p)) for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
-            "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True` or let RFA add one."
+            "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True`, or pass the "
+            "model without one."
         )
     adapted = [index for index in trainable.values() if index is not None]
     if not adapted or aligned[0] < min(adapted):
@@ -235,8 +237,11 @@ def disable_dropout(model: nn.Module) -> None:
     A residual compares two forward passes, and dropout would put noise of its own into the difference. Covers
     `nn.Dropout` modules and the rates that attention layers and blocks hold as plain floats.
     """
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
+    adapters = {*layers, *(module for part in parts for module in part.modules())}
+    for module in model.modules():
+        if module in adapters:
             continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0

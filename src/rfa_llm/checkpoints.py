@@ -183,7 +183,7 @@ def read_method_state(folder: str, fingerprint: dict[str, str]) -> torch.Tensor:
     path = Path(folder) / METHOD_STATE_NAME
     if not path.exists():
         raise ValueError(
-            f"resume_from_checkpoint: {folder!r} is no whole checkpoint of RFA ({METHOD_STATE_NAME} is missing); give "
+            f"resume_from_checkpoint: {folder!r} is no whole checkpoint ({METHOD_STATE_NAME} is missing); give "
             "another one, or True for the newest whole one."
         )
     with safe_open(path, framework="pt") as file:

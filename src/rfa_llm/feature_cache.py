@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 # Rows of a file: what a kill can cost, and what is in memory before it is written.
 ROWS_A_FILE = 64
 # (input_ids, attention_mask), each [rows, tokens] -> [rows, tokens, hidden] a block.
-Run = Callable[..., list[torch.Tensor]]
+ReadFeatures = Callable[..., list[torch.Tensor]]
 
 
 def batches(
@@ -37,7 +37,7 @@ def batches(
 
 
 def row_features(
-    run: Run, rows: Iterable[dict], aligned: Sequence[int], device: torch.device
+    run: ReadFeatures, rows: Iterable[dict], aligned: Sequence[int], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Features of the tokens that count, one row after the other.
 
@@ -171,7 +171,7 @@ class FeatureCache:
 
     def fill(
         self,
-        run: Run,
+        run: ReadFeatures,
         missing: Sequence[int],
         pad_token_id: int,
         batch_size: int,
@@ -200,7 +200,7 @@ class FeatureCache:
             else:
                 save_whole(features, self._folder / self._names[number])
 
-    def compute(self, index: int, run: Run, pad_token_id: int, device: torch.device) -> list[torch.Tensor]:
+    def compute(self, index: int, run: ReadFeatures, pad_token_id: int, device: torch.device) -> list[torch.Tensor]:
         """What `rows` gives for one row, from the model."""
         batch = batches([self._dataset[index]], self._tokens, pad_token_id, 1)
         return FeatureRows(row_features(run, batch, self._aligned, device), self._aligned).row(0)

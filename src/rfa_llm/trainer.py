@@ -150,7 +150,7 @@ class RFATrainer(UnlearningTrainer):
                 f"{self.aligned[-1]} of {num_blocks(config)}; align block -1 too, or set it to 0 "
                 "(with a teacher it is 1 by default)."
             )
-        reads_goal = args.stop_at is not None and self._holdout_dataset is None and self._has_teacher(args)
+        reads_goal = args.stop_at is not None and self._holdout_dataset is None and args.teacher is not None
         if reads_goal and self.aligned[-1] != num_blocks(config) - 1:
             raise ValueError(
                 f"stop_at: {args.stop_at!r} with a teacher alone reads answers from the last block's shifted "
@@ -168,9 +168,6 @@ class RFATrainer(UnlearningTrainer):
                 "stop_at='calibrated', or leave the holdout set out."
             )
 
-    def _has_teacher(self, args: RFAConfig) -> bool:
-        return self.shift is None and args.shift == "ignorant"
-
     def _make_pairs(self, args, forget, retain, forget_rows, processing_class):
         if args.stop_at is not None:
             level, name = self._goal_answer_loss, "goal_answer_loss"
@@ -181,7 +178,7 @@ class RFATrainer(UnlearningTrainer):
                 check_disjoint(self._holdout, retain, "holdout_dataset", "retain_dataset")
                 self._holdout_digest = digest(json.dumps(self._holdout["input_ids"][:]))
                 level, name = self._holdout_answer_loss, "holdout_answer_loss"
-                if self._has_teacher(args):
+                if args.teacher is not None:
                     level, name = self._retrained_answer_loss, "retrained_answer_loss"
             self._calibration = StopWhenCalibrated(
                 forget, level, name, args.calibration_steps, 2 * args.per_device_train_batch_size
@@ -190,13 +187,15 @@ class RFATrainer(UnlearningTrainer):
 
     def _before_model(self, args, model, config, forget, retain, pad_token_id):
         self._mean_rows = retain.select(range(min(args.mean_rows, len(retain))))
-        if self._has_teacher(args):
+        if args.teacher is not None:
             if not isinstance(model, str):
                 raise ValueError(
                     "model: shift='ignorant' runs the teacher before the model is loaded, so that two models never "
                     f"share the memory, but got a loaded {type(model).__name__}; pass the model's id or path."
                 )
-            if Path(args.teacher).resolve() == Path(model).resolve():
+            # The revision is the model's alone.
+            same_revision = (args.model_init_kwargs or {}).get("revision") in (None, "main")
+            if same_revision and Path(args.teacher).resolve() == Path(model).resolve():
                 raise ValueError(
                     f"teacher: {args.teacher!r} is the model itself, whose features are no shift; pass the checkpoint "
                     "from before the fine-tuning."
@@ -253,7 +252,7 @@ class RFATrainer(UnlearningTrainer):
     def log(self, logs, start_time=None):
         """Add a look of the calibration to the log of its step, and the last one to the summary at the end."""
         calibration = self._calibration
-        if calibration is not None and ("train_runtime" in logs or ("loss" in logs and calibration.is_new)):
+        if calibration is not None and ("train_loss" in logs or ("loss" in logs and calibration.is_new)):
             # In place, because `train` returns the summary as the run's metrics.
             logs.update(calibration.look)
             calibration.is_new = False

@@ -84,8 +84,8 @@ class UnlearningTrainer(Trainer):
 
     The base weights never move, and the reference is the same model with its adapter off. A method may override
     `_before_data`, `_make_pairs`, `_before_model`, `_last_adapted_block`, `_check_model`, `_make_collator`,
-    `_method_fingerprint`, `_count_tokens`, `_method_state` and `_load_method_state`; `__init__` calls the first seven.
-    `method` is its name.
+    `_method_fingerprint`, `_count_tokens`, `_has_ended`, `_method_state` and `_load_method_state`; `__init__` calls
+    the first seven. `method` is its name.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that has to forget: an id
@@ -192,6 +192,13 @@ class UnlearningTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # Not before: the Trainer takes a model that is spread over several GPUs for one device.
+        if args.n_gpu > 1:
+            raise ValueError(
+                "args: DataParallel (one process, several GPUs) would cut a batch between its forget and its retain "
+                "rows; launch a process for each GPU (`--accelerate_config ddp`), show one (CUDA_VISIBLE_DEVICES=0), "
+                "or spread the model over them (model_init_kwargs={'device_map': 'auto'})."
+            )
         # peft saves no such tags of its own; the Hub lists adapters by them.
         self.model.add_model_tags(self._tag_names)
         self.add_callback(_NextEpochsPairs(self.train_dataset))
@@ -319,10 +326,10 @@ class UnlearningTrainer(Trainer):
 
         They go into the Trainer's own logs, the loss and the summary at the end, and not into a callback's.
         """
-        if "train_runtime" in logs:
+        if "train_loss" in logs:
             # The summary at the end; in place, because `train` returns this dict as the run's metrics.
             logs.update(self._memory_figures())
-        if self._sums and ("loss" in logs or "train_runtime" in logs):
+        if self._sums and ("loss" in logs or "train_loss" in logs):
             steps = self.state.global_step - self._sums_since_step
             totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
             logs = {**logs, **dict(zip(self._sums, totals.tolist(), strict=True))}
@@ -349,8 +356,13 @@ class UnlearningTrainer(Trainer):
 
     def _stop(self, what: str) -> None:
         """Put the last good adapter on disk and raise `FloatingPointError`."""
-        if not self._good_adapter:
+        if not self._good_adapter and self.state.global_step == 0:
             raise FloatingPointError(f"{what}, before the adapter has learned anything; {self._never_finite_mend}.")
+        if not self._good_adapter:
+            raise FloatingPointError(
+                f"{what}, the first one since the checkpoint; go on from an older one, or begin anew with a lower "
+                "learning_rate."
+            )
         for name, parameter in self._adapter():
             for value, good in zip(held_values(parameter), self._good_adapter[name], strict=True):
                 value.copy_(good)
@@ -661,11 +673,10 @@ def _check_launch(args: UnlearningConfig) -> None:
             "accelerator_config: even_batches=False may leave a process without a batch that the others wait for; "
             "leave it out."
         )
-    if args.n_gpu > 1 or accelerator.dispatch_batches:
+    if accelerator.dispatch_batches:
         raise ValueError(
-            "args: DataParallel (one process, several GPUs) and dispatch_batches would cut a batch between its forget "
-            "and its retain rows; launch a process for each GPU (`--accelerate_config ddp`) or show one "
-            "(CUDA_VISIBLE_DEVICES=0), and leave dispatch_batches off."
+            "accelerator_config: dispatch_batches would cut a batch between its forget and its retain rows; leave it "
+            "off."
         )
     # accelerate goes on alone, without a word, where it finds no device or backend for a process of several.
     started = int(os.environ.get("WORLD_SIZE", 1))
