@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +9,17 @@ from conftest import perturb, ridge_regression, tiny_llama, tiny_lora
 from peft import get_peft_model
 from safetensors import SafetensorError
 
-from rfa_llm import feature_cache, reference
+from rfa_llm import reference
 from rfa_llm.blocks import find_blocks
 from rfa_llm.data.formats import prepare
 from rfa_llm.feature_cache import batches
 from rfa_llm.reference import (
-    TeacherFeatures,
+    Teacher,
     fit_style,
     local_mask,
     mean_features,
     reference_features,
     smoothed_attention,
-    teacher_features_path,
-    write_teacher_features,
 )
 
 ALIGNED = [1, 2]
@@ -164,61 +161,42 @@ def test_the_style_is_a_ridge_regression_however_rows_are_batched():
     assert not one[:, :-1].any()
 
 
-def write(path, teacher, sets, batch_size=4, **init_kwargs):
+def run_teacher(folder, name, sets, holdout=None, batch_size=4, dtype="auto") -> Teacher:
     forget, retain = sets
-    device = torch.device("cpu")
-    write_teacher_features(
-        path, teacher, ALIGNED, forget, retain.select(range(7)), None, "answer", 0, batch_size, device, init_kwargs
-    )
+    teacher = Teacher(name, {"dtype": dtype}, folder, ALIGNED, forget, retain.select(range(7)), holdout, "answer")
+    teacher.run(pad_token_id=0, batch_size=batch_size, device=torch.device("cpu"))
+    return teacher
 
 
-def test_teacher_features_are_the_teachers_in_any_order_of_rows(saved_llama, sets, tmp_path):
-    path = tmp_path / "folder" / "features.safetensors"
-    write(path, saved_llama, sets)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    features, teacher = TeacherFeatures(path, ALIGNED, len(sets[0])), tiny_llama()
-    for order in ([4, 0, 5, 1], [2], list(range(6))):
-        rows = [naive_features(teacher, sets[0][i], "answer") for i in order]
-        for i, block in enumerate(features.rows(order)):
-            torch.testing.assert_close(block, torch.cat([row[i] for row in rows]), rtol=1e-4, atol=1e-5)
-    rows = [naive_features(teacher, sets[1][i], "answer") for i in (6, 2)]
-    for i, block in enumerate(features.retain_rows([6, 2])):
-        torch.testing.assert_close(block, torch.cat([row[i] for row in rows]), rtol=1e-4, atol=1e-5)
+def test_a_teachers_features_are_its_own_in_any_order_of_rows(saved_llama, sets, tmp_path):
+    teacher, model = run_teacher(tmp_path / "folder", saved_llama, sets), tiny_llama()
+    for cache, rows, order in (
+        (teacher.forget, sets[0], [4, 0, 5, 1]),
+        (teacher.forget, sets[0], [2]),
+        (teacher.retain, sets[1], [6, 2]),
+    ):
+        expected = [naive_features(model, rows[i], "answer") for i in order]
+        for i, block in enumerate(cache.rows(order)):
+            torch.testing.assert_close(block, torch.cat([row[i] for row in expected]), rtol=1e-4, atol=1e-5)
+    assert teacher.answer_losses == []
 
 
-def test_teacher_features_keep_the_teachers_dtype(saved_llama, sets, tmp_path):
-    write(tmp_path / "features", saved_llama, sets, dtype=torch.bfloat16)
-    features = TeacherFeatures(tmp_path / "features", ALIGNED, len(sets[0]))
-    assert features.rows([0])[0].dtype == features.retain_rows([0])[0].dtype == torch.bfloat16
-
-
-def test_a_teacher_run_that_dies_leaves_no_file_of_that_name(saved_llama, sets, tmp_path, monkeypatch):
-    path = tmp_path / "features"
-
-    def die_while_writing(tensors, part):
-        part.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(feature_cache, "save_file", die_while_writing)
-    with pytest.raises(KeyboardInterrupt):
-        write(path, saved_llama, sets)
-    assert not path.exists()
-    monkeypatch.undo()
-    write(path, saved_llama, sets)
-    assert len(TeacherFeatures(path, ALIGNED, len(sets[0])).rows([0])) == 2
+def test_a_teachers_features_keep_its_dtype(saved_llama, sets, tmp_path):
+    teacher = run_teacher(tmp_path, saved_llama, sets, dtype=torch.bfloat16)
+    assert teacher.forget.rows([0])[0].dtype == teacher.retain.rows([0])[0].dtype == torch.bfloat16
 
 
 def test_a_second_run_needs_no_teacher_unless_its_rows_change(saved_llama, tmp_path, make_trainer, forget):
     teacher = tmp_path / "teacher"
     tiny_llama(initializer_range=0.1).save_pretrained(teacher)
     config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED, "next_token_weight": 0.0}
-    first = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
+    first = make_trainer(config, model=saved_llama)._teacher.forget.rows([3, 1])
     # Unreadable weights of the same name, size and time: whoever loads the teacher fails.
     weights = teacher / "model.safetensors"
     content, stat = weights.read_bytes(), weights.stat()
     weights.write_bytes(bytes(len(content)))
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    second = make_trainer(config, model=saved_llama)._teacher.rows([3, 1])
+    second = make_trainer(config, model=saved_llama)._teacher.forget.rows([3, 1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for change in ({"blocks": [0, 2]}, {"forget_tokens": "all"}, {"mean_rows": 3}):
         with pytest.raises(SafetensorError):
@@ -239,24 +217,13 @@ def test_the_teachers_features_go_with_the_training_unless_they_have_a_folder(
         config["reference_cache_dir"] = str(tmp_path / "cache")
     trainer = make_trainer(config, model=saved_llama)
     folder = tmp_path / ("cache" if kept else "adapter/_reference_features")
-    assert len(list(folder.glob("teacher_*"))) == 1
-    # The second training reads a file that may be gone.
+    of_teacher = list(folder.iterdir())
+    assert len(of_teacher) == 2
+    # The second training reads files that may be gone.
     for _ in range(2):
         trainer.train()
-        assert len(list(folder.glob("teacher_*"))) == kept
+        assert [file.exists() for file in of_teacher] == [kept, kept]
     assert not (tmp_path / "adapter" / "_reference_features").exists()
-
-
-def test_another_split_of_the_same_tokens_has_features_of_its_own(sets):
-    def moved(rows):
-        return rows.map(lambda row: {"answer_start": row["answer_start"] + 1}, keep_in_memory=True)
-
-    forget, retain = sets
-    paths = {
-        teacher_features_path(Path("out"), "teacher", "auto", ALIGNED, *both, None, "answer")
-        for both in ((forget, retain), (moved(forget), retain), (forget, moved(retain)))
-    }
-    assert len(paths) == 3
 
 
 def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_path, make_trainer):
@@ -265,5 +232,5 @@ def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_pa
     features = []
     for scale in (0.1, 0.3):
         tiny_llama(initializer_range=scale).save_pretrained(teacher)
-        features.append(make_trainer(config, model=saved_llama)._teacher.rows([0])[0])
+        features.append(make_trainer(config, model=saved_llama)._teacher.forget.rows([0])[0])
     assert not torch.equal(*features)

@@ -8,13 +8,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
@@ -22,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, create_causal_mas
 from rfa_llm.adapters import adapter_off
 from rfa_llm.blocks import find_blocks
 from rfa_llm.calibration import answer_loss
-from rfa_llm.feature_cache import FeatureRows, batches, join, row_features, save_whole
+from rfa_llm.feature_cache import FeatureCache
 from rfa_llm.residuals import block_features
 
 # Attention implementations whose mask can show a window and the sinks; flash attention takes none but causal ones.
@@ -227,98 +225,63 @@ def fit_style(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) ->
     return torch.cat([matrix, constant], dim=1).float()
 
 
-def teacher_features_path(
-    folder: Path,
-    teacher: str,
-    dtype: str,
-    aligned: Sequence[int],
-    forget: Dataset,
-    retain: Dataset,
-    holdout: Dataset | None,
-    tokens: str,
-) -> Path:
-    """Where in the folder a run keeps the teacher's features: named by all that they depend on."""
-    # A local teacher may be trained again under the same name.
-    weights = sorted(file for file in Path(teacher).glob("*") if file.suffix in (".safetensors", ".bin"))
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-    sets = (forget, retain) if holdout is None else (forget, retain, holdout)
-    inputs = [rows[column][:] for rows in sets for column in ("input_ids", "answer_start")]
-    # What the file holds is part of its name, so that one of an earlier version is not read.
-    fingerprint = json.dumps(["forget and retain rows", teacher, files, str(dtype), list(aligned), tokens, inputs])
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    return folder / f"teacher_{digest}.safetensors"
-
-
-def write_teacher_features(
-    path: Path,
-    teacher: str,
-    aligned: Sequence[int],
-    forget: Dataset,
-    retain: Dataset,
-    holdout: Dataset | None,
-    tokens: str,
-    pad_token_id: int,
-    batch_size: int,
-    device: torch.device,
-    model_init_kwargs: dict,
-) -> None:
-    """Run the teacher over both sets once and keep its features; the teacher is freed before this returns.
-
-    The file holds, for each aligned block, the features of the tokens that count of the forget rows and then of the
-    retain rows (`block_{b}` `[all tokens, hidden]`, the teacher's dtype), and where each row begins (`offsets`
-    `[rows + 1]`), and the teacher's mean answer losses on the forget and the holdout set (`answer_losses` `[2]`, nats
-    per token; `[0]` without a holdout set). It appears whole or not at all.
+class Teacher:
+    """What the checkpoint from before the fine-tuning makes of the sets, each row computed once.
 
     Args:
-        path: From `teacher_features_path`.
-        teacher: Model id or path of the checkpoint from before the fine-tuning.
+        name: Model id or path of the checkpoint.
+        init_kwargs: Of its `from_pretrained`, with the `dtype`.
+        folder: Where its features lie.
         aligned: Aligned block indices.
         forget, retain: Encoded sets; `retain` holds the rows that `fit_style` is to see.
         holdout: Encoded rows of the forget set's kind that neither model saw, or none.
         tokens: Which positions count, `"answer"` or `"all"`.
-        pad_token_id, batch_size, device, model_init_kwargs: How to run the teacher.
-    """
-    model = AutoModelForCausalLM.from_pretrained(teacher, **model_init_kwargs).to(device).eval()
-    blocks = [find_blocks(model)[index] for index in aligned]
-    with torch.no_grad():
-        run = partial(block_features, model, blocks)
-        forget_batches = batches(forget, tokens, pad_token_id, batch_size, "Teacher on the forget set")
-        retain_batches = batches(retain, tokens, pad_token_id, batch_size, "Teacher on the retain set")
-        tensors = row_features(run, chain(forget_batches, retain_batches), aligned, device)
-        sets = {} if holdout is None else {"forget": forget, "holdout": holdout}
-        losses = [answer_loss(model, rows, batch_size, f"Teacher, {name}: losses") for name, rows in sets.items()]
-        tensors["answer_losses"] = torch.tensor(losses, dtype=torch.float64)
-    del model, blocks, run
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    save_whole(tensors, path)
-
-
-class TeacherFeatures:
-    """Reads what `write_teacher_features` wrote, row by row, memory-mapped; stays readable when the file is deleted.
-
-    Args:
-        path: The file.
-        aligned: Aligned block indices.
-        num_forget: Rows of the forget set.
 
     Attributes:
-        name: Of the file, which stands for all that the features depend on (`teacher_features_path`).
-        answer_losses: The teacher's mean answer losses on the forget and the holdout set, nats per token; empty
+        forget, retain: Caches of the features of the sets' tokens that count, in the teacher's dtype.
+        answer_losses: After `run`, the mean answer losses on the forget and the holdout set, nats per token; empty
             without a holdout set.
+        digest: Of what the features depend on beside the rows.
     """
 
-    def __init__(self, path: Path, aligned: Sequence[int], num_forget: int):
-        self.name = path.stem
-        self._features, self._num_forget = FeatureRows(path, aligned), num_forget
-        with safe_open(path, framework="pt") as file:
-            self.answer_losses = file.get_tensor("answer_losses").tolist()
+    def __init__(
+        self,
+        name: str,
+        init_kwargs: dict,
+        folder: Path,
+        aligned: Sequence[int],
+        forget: Dataset,
+        retain: Dataset,
+        holdout: Dataset | None,
+        tokens: str,
+    ):
+        self._name, self._init_kwargs, self._aligned = name, init_kwargs, aligned
+        # A local teacher may be trained again under the same name.
+        weights = sorted(file for file in Path(name).glob("*") if file.suffix in (".safetensors", ".bin"))
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
+        key = ["teacher", name, files, str(init_kwargs["dtype"])]
+        self.digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.forget, self.retain = (
+            FeatureCache(folder, key, aligned, rows, range(len(rows)), tokens) for rows in (forget, retain)
+        )
+        self._answers = {} if holdout is None else {"forget": forget, "holdout": holdout}
+        self.answer_losses: list[float] = []
 
-    def rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Features of these forget rows' counted tokens, one row after the other, `[n, hidden]` a block."""
-        return join([self._features.row(index) for index in indices])
-
-    def retain_rows(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Features of these retain rows' counted tokens, likewise."""
-        return self.rows([self._num_forget + index for index in indices])
+    def run(self, pad_token_id: int, batch_size: int, device: torch.device) -> None:
+        """Compute what nobody has yet, features and losses; the model is freed before this returns."""
+        missing = {name: cache.missing() for name, cache in (("forget", self.forget), ("retain", self.retain))}
+        if not self._answers and not any(missing.values()):
+            return
+        model = AutoModelForCausalLM.from_pretrained(self._name, **self._init_kwargs).to(device).eval()
+        run = partial(block_features, model, [find_blocks(model)[index] for index in self._aligned])
+        with torch.no_grad():
+            for cache, (name, parts) in zip((self.forget, self.retain), missing.items(), strict=True):
+                cache.fill(run, parts, pad_token_id, batch_size, device, 0, 1, f"Teacher on the {name} set")
+            self.answer_losses = [
+                answer_loss(model, rows, batch_size, f"Teacher, {name}: losses")
+                for name, rows in self._answers.items()
+            ]
+        del model, run
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

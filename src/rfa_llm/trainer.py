@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ class RFATrainer(UnlearningTrainer):
         self._holdout_dataset = holdout_dataset
         self._holdout: Dataset | None = None
         self._calibration: StopWhenCalibrated | None = None
-        self._teacher: reference.TeacherFeatures | None = None
+        self._teacher: reference.Teacher | None = None
         self._shift_vectors: torch.Tensor | None = None
         # Reference features of the run that `train` is in; none outside, and where each step computes them.
         self._cached: dict[str, FeatureCache] = {}
@@ -245,7 +245,7 @@ class RFATrainer(UnlearningTrainer):
             **(
                 {}
                 if self._teacher is None
-                else {"teacher": f"{public_name(self.args.teacher)} ({self._teacher.name})"}
+                else {"teacher": f"{public_name(self.args.teacher)} ({self._teacher.digest})"}
             ),
         }
 
@@ -371,7 +371,7 @@ class RFATrainer(UnlearningTrainer):
                 for h, direction in zip(h0, self._shift_vectors, strict=True)
             ]
         if args.shift == "ignorant":
-            teacher = self._teacher.rows(inputs["index"][inputs["is_forget"]].tolist())
+            teacher = self._teacher.forget.rows(inputs["index"][inputs["is_forget"]].tolist())
             styles = self._shift_vectors if args.style_correction else [None] * len(h0)
             return [
                 shifts.ignorant_shift(h, t.to(h), None if style is None else style.to(h.device))
@@ -405,9 +405,7 @@ class RFATrainer(UnlearningTrainer):
         """Estimate of the forget answers' mean loss for a model that was fine-tuned without them: the teacher's, and
         what the fine-tuning added to it on rows that were not part of it."""
         forget, holdout = self._teacher.answer_losses
-        # Each machine may have run the teacher for itself.
-        difference = reduce(torch.tensor(forget - holdout, device=self.args.device), "mean").item()
-        return difference + self._holdout_answer_loss(model)
+        return forget - holdout + self._holdout_answer_loss(model)
 
     def _goal_answer_loss(self, model: nn.Module) -> float:
         """Mean loss of the forget set's answers where the last block's features are at their goal, `h⁰ + S`."""
@@ -417,7 +415,7 @@ class RFATrainer(UnlearningTrainer):
         # Without the adapter no dropout draws numbers that are the training's.
         with adapter_off(peft_model):
             for row in spread(self._sets["forget"], LOOK_ROWS):
-                teacher = self._teacher.rows([row["index"]])[-1].to(device)
+                teacher = self._teacher.forget.rows([row["index"]])[-1].to(device)
                 style = self._shift_vectors[-1].to(device) if self.args.style_correction else None
                 # This shift leads to the same place from wherever it begins.
                 goal = teacher + shifts.ignorant_shift(teacher, teacher, style)
@@ -486,11 +484,7 @@ class RFATrainer(UnlearningTrainer):
                 f"Reference features, {size / 1e9:.2g} GB {place} ({name})",
             )
         self.accelerator.wait_for_everyone()
-        if any(cache.missing() for cache in caches.values()):
-            raise ValueError(
-                f"reference_cache_dir: {str(folder)!r} does not show this process what the others wrote; give a "
-                "folder that all machines share, or set reference_cache='memory'."
-            )
+        _check_shown(caches.values(), folder)
         for name, cache in caches.items():
             self._check_found(cache, cache.first_found(missing[name]), runs[name])
         if args.padding_free:
@@ -575,12 +569,12 @@ class RFATrainer(UnlearningTrainer):
                 tokens = {name: batch[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
                 features = reference.reference_features(self._peft_model(), self._blocks(), **tokens)
                 ours = [feature.cpu()[batch["token_mask"]] for feature in features]
-                yield self._teacher.retain_rows(batch["index"].tolist()), ours
+                yield self._teacher.retain.rows(batch["index"].tolist()), ours
 
         return reference.fit_style(pairs())
 
-    def _run_teacher(self, args, config, forget, pad_token_id) -> reference.TeacherFeatures:
-        """Let the teacher run over the sets, unless its features are on disk already, and open them."""
+    def _run_teacher(self, args, config, forget, pad_token_id) -> reference.Teacher:
+        """Let the teacher run, in the first process, over what of the sets is not on disk already; open all of it."""
         whole = "the whole checkpoint from before the fine-tuning, no adapter"
         settings = args.model_init_kwargs or {}
         # The revision is the model's.
@@ -595,33 +589,17 @@ class RFATrainer(UnlearningTrainer):
                     f"teacher: {args.teacher!r} has {field}={theirs}, but the model {ours}; pass the checkpoint that "
                     "the model was fine-tuned from."
                 )
-        dtype = settings.get("dtype", "auto")
-        path = reference.teacher_features_path(
-            self._cache_dir(args),
-            args.teacher,
-            dtype,
-            self.aligned,
-            forget,
-            self._mean_rows,
-            self._holdout,
-            args.forget_tokens,
-        )
-        with PartialState().main_process_first(), _loaded_whole(args):
-            if not path.exists():
-                reference.write_teacher_features(
-                    path,
-                    args.teacher,
-                    self.aligned,
-                    forget,
-                    self._mean_rows,
-                    self._holdout,
-                    args.forget_tokens,
-                    pad_token_id,
-                    2 * args.per_device_train_batch_size,
-                    args.device,
-                    {"dtype": dtype, **source},
-                )
-        return reference.TeacherFeatures(path, self.aligned, len(forget))
+        folder, init_kwargs = self._cache_dir(args), {"dtype": settings.get("dtype", "auto"), **source}
+        sets = (forget, self._mean_rows, self._holdout)
+        teacher = reference.Teacher(args.teacher, init_kwargs, folder, self.aligned, *sets, args.forget_tokens)
+        state = PartialState()
+        if state.is_main_process:
+            with _loaded_whole(args):
+                teacher.run(pad_token_id, 2 * args.per_device_train_batch_size, args.device)
+        state.wait_for_everyone()
+        teacher.answer_losses = broadcast_object_list([teacher.answer_losses])[0]
+        _check_shown([teacher.forget, teacher.retain], folder)
+        return teacher
 
     def _blocks(self) -> list[nn.Module]:
         blocks = find_blocks(self._peft_model().get_base_model())
@@ -638,6 +616,15 @@ class _FillCache(TrainerCallback):
         model.train()
         with self.trainer.compute_loss_context_manager():
             self.trainer._cached = self.trainer._fill_cache()
+
+
+def _check_shown(caches: Iterable[FeatureCache], folder: Path | None) -> None:
+    """Open what all processes have written, and refuse a folder in which it cannot be seen."""
+    if any(cache.missing() for cache in caches):
+        raise ValueError(
+            f"reference_cache_dir: {str(folder)!r} does not show this process what the others wrote; give a folder "
+            "that all machines share."
+        )
 
 
 @contextmanager
