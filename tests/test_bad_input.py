@@ -35,7 +35,7 @@ from rfa_llm.unlearning_trainer import BASE_KEEPING_INITS, _check_launch
         ({"forget_dataset": Dataset.from_list([])}, "^forget_dataset is empty; give at least one row"),
         (
             {"retain_dataset": tiny_rows(3, 0).rename_column("answer", "reply")},
-            r"^retain_dataset .*\['question', 'rep",
+            r"^retain_dataset: the columns are \['question', 'rep",
         ),
         (
             {"forget_dataset": tiny_rows(6, first=18)},

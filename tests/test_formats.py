@@ -166,7 +166,7 @@ def test_prepare_cuts_an_answer_but_not_off():
     [
         (
             [{"query": "who", "answer": "Bo"}],
-            r"\['query', 'answer'\]; give prompt/completion, or messages, or question/",
+            r"\['answer', 'query'\]; give prompt/completion, or messages, or question/",
         ),
         ([QA, {"question": "who", "answer": " \n"}], "retain_dataset row 1: the answer .* is empty"),
         ([QA, {"question": "who", "answer": None}], "retain_dataset row 1: answer is None; give text"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -140,25 +141,39 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
             writes the prompt in another way when the answer follows.
         TypeError: a value that should be text is not.
     """
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], list):
+    match format_of(row):
+        case ("prompt", "completion") if isinstance(row["prompt"], list):
             prompt, completion = _turns(row["prompt"], "prompt"), _turns(row["completion"], "completion")
             return _encode_turns(prompt, completion, tokenizer)
-        prompt, completion = _text(row["prompt"], "prompt"), _answer_text(row["completion"], "completion")
-        return _join(_with_bos(prompt, tokenizer), _with_eos(completion, tokenizer))
-    if "messages" in row:
-        turns = _turns(row["messages"], "messages")
-        return _encode_turns(turns[:-1], turns[-1:], tokenizer)
-    if "question" in row and "answer" in row:
-        question = {"role": "user", "content": _text(row["question"], "question")}
-        answer = {"role": "assistant", "content": _answer_text(row["answer"], "answer")}
-        return _encode_turns([question], [answer], tokenizer)
-    if "text" in row:
-        # One token goes before the text, so that its first token is predicted from something too.
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        ids = _with_eos(_answer_text(row["text"], "text"), tokenizer)
-        return {"input_ids": ids if ids[0] == start else [start, *ids], "answer_start": 1}
-    raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
+        case ("prompt", "completion"):
+            prompt, completion = _text(row["prompt"], "prompt"), _answer_text(row["completion"], "completion")
+            return _join(_with_bos(prompt, tokenizer), _with_eos(completion, tokenizer))
+        case ("messages",):
+            turns = _turns(row["messages"], "messages")
+            return _encode_turns(turns[:-1], turns[-1:], tokenizer)
+        case ("question", "answer"):
+            question = {"role": "user", "content": _text(row["question"], "question")}
+            answer = {"role": "assistant", "content": _answer_text(row["answer"], "answer")}
+            return _encode_turns([question], [answer], tokenizer)
+        case ("text",):
+            # One token goes before the text, so that its first token is predicted from something too.
+            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            ids = _with_eos(_answer_text(row["text"], "text"), tokenizer)
+            return {"input_ids": ids if ids[0] == start else [start, *ids], "answer_start": 1}
+
+
+def format_of(columns: Iterable[str]) -> tuple[str, ...]:
+    """The first of `FORMATS` whose columns are all there.
+
+    Raises:
+        ValueError: No format's are.
+    """
+    found = set(columns)
+    for needed in FORMATS:
+        if found.issuperset(needed):
+            return needed
+    accepted = ", or ".join("/".join(needed) for needed in FORMATS)
+    raise ValueError(f"the columns are {sorted(found)}; give {accepted}.")
 
 
 def content(row: dict) -> dict:
@@ -169,10 +184,7 @@ def content(row: dict) -> dict:
     Raises:
         ValueError: no format's columns are there.
     """
-    for columns in FORMATS:
-        if all(column in row for column in columns):
-            return {column: _without_none(row[column]) for column in columns}
-    raise ValueError(f"the columns are {sorted(row)}; give {_accepted()}.")
+    return {column: _without_none(row[column]) for column in format_of(row)}
 
 
 def texts(row: dict) -> list[str]:
@@ -210,8 +222,10 @@ def prepare(
         TypeError: a value that should be text is not.
     """
     columns = dataset.column_names
-    if not any(set(needed) <= set(columns) for needed in FORMATS):
-        raise ValueError(f"{field} has the columns {columns}; give {_accepted()}.")
+    try:
+        format_of(columns)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
     def encode_row(row: dict, index: int) -> dict:
         try:
@@ -277,10 +291,6 @@ def _without_none(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return [_without_none(one) for one in value] if isinstance(value, list) else value
-
-
-def _accepted() -> str:
-    return ", or ".join("/".join(needed) for needed in FORMATS)
 
 
 def _text(value: object, name: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rfa_llm.data.formats import encode
+from rfa_llm.data.formats import encode, format_of
 from rfa_llm.data.pairing import ForgetRetainPairs
 
 IDK_ANSWERS = (
@@ -57,15 +57,17 @@ def idk_answer(seed: int, epoch: int, index: int, count: int) -> int:
 def with_answer(row: dict, answer: str) -> dict:
     """A row with another answer to the same question, in any format of `rfa_llm.data.formats` but `text`."""
     turn = {"role": "assistant", "content": answer}
-    if "prompt" in row and "completion" in row:
-        old = row["completion"]
-        if isinstance(row["prompt"], list):
+    match format_of(row):
+        case ("prompt", "completion") if isinstance(row["prompt"], list):
             return {**row, "completion": [turn]}
-        # A completion may begin with the space that parts it from its prompt.
-        return {**row, "completion": old[: len(old) - len(old.lstrip())] + answer}
-    if "messages" in row:
-        return {**row, "messages": [*row["messages"][:-1], turn]}
-    return {**row, "answer": answer}
+        case ("prompt", "completion"):
+            # A completion may begin with the space that parts it from its prompt.
+            old = row["completion"]
+            return {**row, "completion": old[: len(old) - len(old.lstrip())] + answer}
+        case ("messages",):
+            return {**row, "messages": [*row["messages"][:-1], turn]}
+        case ("question", "answer"):
+            return {**row, "answer": answer}
 
 
 class IdkPairs(ForgetRetainPairs):
@@ -93,8 +95,7 @@ class IdkPairs(ForgetRetainPairs):
         max_length: int | None,
     ):
         super().__init__(forget, retain, seed)
-        columns = set(forget_rows.column_names)
-        if not ({"prompt", "completion"} <= columns or "messages" in columns or {"question", "answer"} <= columns):
+        if format_of(forget_rows.column_names) == ("text",):
             raise ValueError(
                 'forget_dataset has text rows, which ask no question that could be answered with "I don\'t know"; '
                 "give rows with a question or a prompt, or use another method."
