@@ -18,18 +18,28 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 RESULTS = Path(__file__).parent / "results"
-# Where the runs of 100 steps at 2e-3 of each forget set are.
+# Where the runs of 100 steps of each forget set are, by learning rate.
 FORGET_SETS = {
-    "the subset's own": ["tofu800_calibrated", "tofu800_seeds"],
-    "400 to 499": ["tofu800_rows_400_calibrated", "tofu800_rows_400_seeds"],
-    "500 to 599": ["tofu800_rows_500", "tofu800_rows_500_seeds"],
-    "660 to 759": ["tofu800_rows_660", "tofu800_rows_660_seeds"],
+    0.002: {
+        "the subset's own": ["tofu800_calibrated", "tofu800_seeds"],
+        "400 to 499": ["tofu800_rows_400_calibrated", "tofu800_rows_400_seeds"],
+        "500 to 599": ["tofu800_rows_500", "tofu800_rows_500_seeds"],
+        "660 to 759": ["tofu800_rows_660", "tofu800_rows_660_seeds"],
+    },
+    0.0006: {
+        "the subset's own": ["tofu800", "tofu800_rate"],
+        "400 to 499": ["tofu800_rows_400_rate"],
+        "500 to 599": ["tofu800_rows_500_rate"],
+        "660 to 759": ["tofu800_rows_660_rate"],
+    },
 }
 METHODS = {
-    "teacher_holdout_calibrated": 'With a teacher, holdout rows and `stop_at="calibrated"`',
-    "teacher_calibrated": 'With a teacher and `stop_at="calibrated"`',
-    "rfa": "By default, without a teacher",
-    "rfa_calibrated": 'Without a teacher, `stop_at="calibrated"`',
+    ("teacher_holdout_calibrated", 0.002): 'With a teacher, holdout rows and `stop_at="calibrated"`',
+    ("teacher_calibrated", 0.002): 'With a teacher and `stop_at="calibrated"`',
+    ("teacher_calibrated", 0.0006): 'With a teacher and `stop_at="calibrated"`, at a learning rate of 6e-4',
+    ("rfa", 0.002): "By default, without a teacher",
+    ("rfa", 0.0006): "Without a teacher, at a learning rate of 6e-4",
+    ("rfa_calibrated", 0.002): 'Without a teacher, `stop_at="calibrated"`',
 }
 COLUMNS = [
     *("forget rows", "computed in", "seeds", "forget quality", "utility / target's", "extraction strength"),
@@ -57,31 +67,31 @@ def spread(values: Sequence[float], digits: str, middle: Callable = mean) -> str
 def target_utilities() -> dict[str, set[float]]:
     """The target's scorings beside these runs, by dtype and machine; one of them may lie in several folders."""
     found: dict[str, set[float]] = {}
-    for folders in FORGET_SETS.values():
+    for folders in FORGET_SETS[0.002].values():
         for folder in folders:
             result = read(RESULTS / folder / "target.json")
             found.setdefault(computed_in(result), set()).add(last(result)["model_utility"])
     return found
 
 
-def runs(method: str, folder: str) -> dict[str, list[dict]]:
-    """A method's results in a folder, by what they were computed in."""
+def runs(method: str, rate: float, folder: str) -> dict[str, list[dict]]:
+    """A method's results at a learning rate in a folder, by what they were computed in."""
     found: dict[str, list[dict]] = {}
-    for file in sorted((RESULTS / folder).glob(f"{method}_lr0.002_seed*.json")):
+    for file in sorted((RESULTS / folder).glob(f"{method}_lr{rate}_seed*.json")):
         result = read(file)
         found.setdefault(computed_in(result), []).append(result)
     return found
 
 
-def table(method: str, targets: dict[str, float]) -> list[str]:
+def table(method: str, rate: float, targets: dict[str, float]) -> list[str]:
     """A method's rows, and what all its runs come to together, as lines of Markdown."""
-    lines = [f"{METHODS[method]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 7]
+    lines = [f"{METHODS[method, rate]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 7]
     medians, all_shares = [], []
-    for rows, folders in FORGET_SETS.items():
+    for rows, folders in FORGET_SETS[rate].items():
         of_set = []
         for folder in folders:
             retain_only = last(read(RESULTS / folder / "retain-only.json"))
-            for where, results in runs(method, folder).items():
+            for where, results in runs(method, rate, folder).items():
                 scores = [last(result) for result in results]
                 qualities = [score["forget_quality"] for score in scores]
                 shares = [score["model_utility"] / targets[where] for score in scores]
@@ -99,7 +109,7 @@ def table(method: str, targets: dict[str, float]) -> list[str]:
                 for name, digits in (("privleak", ".0f"), ("retain_rouge", ".3f")):
                     cells.append(spread([score[name] for score in scores], digits))
                 lines.append(f"| {' | '.join(cells)} |")
-        medians.append(format(median(of_set), ".2g"))
+        medians.append(format(median(of_set), ".2g") if of_set else "not run")
     error = stdev(all_shares) / len(all_shares) ** 0.5
     return [
         *lines,
@@ -114,10 +124,10 @@ def tables() -> str:
     """The tables, and what the retain-only models come to, as Markdown."""
     scorings = target_utilities()
     targets = {where: mean(values) for where, values in scorings.items()}
-    lines = [line for method in METHODS for line in table(method, targets)]
+    lines = [line for method, rate in METHODS for line in table(method, rate, targets)]
     # A retain-only model is another one for each set; one scoring of each, over the target's in the same dtype.
     retrained = []
-    for rows, (folder, *_) in FORGET_SETS.items():
+    for rows, (folder, *_) in FORGET_SETS[0.002].items():
         result = read(RESULTS / folder / "retain-only.json")
         retrained.append(f"{rows} {last(result)['model_utility'] / targets[computed_in(result)]:.3f}")
     of_target = scorings["bfloat16, NVIDIA H200"]
@@ -141,10 +151,10 @@ def differences() -> str:
         logs = [log(ratio) for ratio in point["forget_truth_ratios"]]
         return [*(point["summary"][name] for name in attacks), mean(logs), stdev(logs)]
 
-    for folder in (folder for folders in FORGET_SETS.values() for folder in folders):
-        retain_only = figures(read(RESULTS / folder / "retain-only.json")["points"][-1])
-        for method in METHODS:
-            for file in sorted((RESULTS / folder).glob(f"{method}_lr0.002_seed*.json")):
+    for method, rate in METHODS:
+        for folder in (folder for folders in FORGET_SETS[rate].values() for folder in folders):
+            retain_only = figures(read(RESULTS / folder / "retain-only.json")["points"][-1])
+            for file in sorted((RESULTS / folder).glob(f"{method}_lr{rate}_seed*.json")):
                 ours = figures(read(file)["points"][-1])
                 cells = [f"{one - other:+.3f}" for one, other in zip(ours, retain_only, strict=True)]
                 lines.append(f"| {folder}/{file.stem} | {' | '.join(cells)} |")
