@@ -154,10 +154,11 @@ def differences() -> str:
     for method, rate in METHODS:
         for folder in (folder for folders in FORGET_SETS[rate].values() for folder in folders):
             retain_only = figures(read(RESULTS / folder / "retain-only.json")["points"][-1])
-            for file in sorted((RESULTS / folder).glob(f"{method}_lr{rate}_seed*.json")):
-                ours = figures(read(file)["points"][-1])
+            for result in (one for results in runs(method, rate, folder).values() for one in results):
+                ours = figures(result["points"][-1])
                 cells = [f"{one - other:+.3f}" for one, other in zip(ours, retain_only, strict=True)]
-                lines.append(f"| {folder}/{file.stem} | {' | '.join(cells)} |")
+                name = f"{folder}: {method}, {rate}, seed {result['run']['seed']}, {computed_in(result)}"
+                lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

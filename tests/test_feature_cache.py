@@ -88,7 +88,10 @@ def test_nothing_is_computed_twice_and_nothing_else_is_taken_for_it(rows, tmp_pa
     # Two files of four rows, each in two batches of at most three.
     assert run.calls == 4
     assert missing() == []
-    for change in ({"key": "another"}, {"aligned": (0, 2)}, {"tokens": "all"}, {"dataset": rows.select(range(1, 11))}):
+    # The same tokens, of which others are the answer.
+    moved = rows.map(lambda row: {"answer_start": row["answer_start"] + 1}, keep_in_memory=True)
+    others = [{"key": "another"}, {"aligned": (0, 2)}, {"tokens": "all"}, {"dataset": rows.select(range(1, 11))}]
+    for change in (*others, {"dataset": moved}):
         assert missing(**change) == [0, 1]
     # The first file fits; of the others, one is new and one overlaps what is there.
     assert missing(wanted=range(11)) == [2]

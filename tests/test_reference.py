@@ -161,10 +161,10 @@ def test_the_style_is_a_ridge_regression_however_rows_are_batched():
     assert not one[:, :-1].any()
 
 
-def run_teacher(folder, name, sets, holdout=None, batch_size=4, dtype="auto") -> Teacher:
+def run_teacher(folder, name, sets, dtype="auto") -> Teacher:
     forget, retain = sets
-    teacher = Teacher(name, {"dtype": dtype}, folder, ALIGNED, forget, retain.select(range(7)), holdout, "answer")
-    teacher.run(pad_token_id=0, batch_size=batch_size, device=torch.device("cpu"))
+    teacher = Teacher(name, {"dtype": dtype}, folder, ALIGNED, forget, retain.select(range(7)), None, "answer")
+    teacher.run(pad_token_id=0, batch_size=4, device=torch.device("cpu"))
     return teacher
 
 

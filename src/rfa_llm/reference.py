@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -241,7 +239,7 @@ class Teacher:
         forget, retain: Caches of the features of the sets' tokens that count, in the teacher's dtype.
         answer_losses: After `run`, the mean answer losses on the forget and the holdout set, nats per token; empty
             without a holdout set.
-        digest: Of what the features depend on beside the rows.
+        key: What the features depend on beside the rows and `tokens`.
     """
 
     def __init__(
@@ -259,24 +257,24 @@ class Teacher:
         # A local teacher may be trained again under the same name.
         weights = sorted(file for file in Path(name).glob("*") if file.suffix in (".safetensors", ".bin"))
         files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-        key = ["teacher", name, files, str(init_kwargs["dtype"])]
-        self.digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.key = ["teacher", name, files, str(init_kwargs["dtype"])]
         self.forget, self.retain = (
-            FeatureCache(folder, key, aligned, rows, range(len(rows)), tokens) for rows in (forget, retain)
+            FeatureCache(folder, self.key, aligned, rows, range(len(rows)), tokens) for rows in (forget, retain)
         )
         self._answers = {} if holdout is None else {"forget": forget, "holdout": holdout}
         self.answer_losses: list[float] = []
 
     def run(self, pad_token_id: int, batch_size: int, device: torch.device) -> None:
         """Compute what nobody has yet, features and losses; the model is freed before this returns."""
-        missing = {name: cache.missing() for name, cache in (("forget", self.forget), ("retain", self.retain))}
+        caches = {"forget": self.forget, "retain": self.retain}
+        missing = {name: cache.missing() for name, cache in caches.items()}
         if not self._answers and not any(missing.values()):
             return
         model = AutoModelForCausalLM.from_pretrained(self._name, **self._init_kwargs).to(device).eval()
         run = partial(block_features, model, [find_blocks(model)[index] for index in self._aligned])
         with torch.no_grad():
-            for cache, (name, parts) in zip((self.forget, self.retain), missing.items(), strict=True):
-                cache.fill(run, parts, pad_token_id, batch_size, device, 0, 1, f"Teacher on the {name} set")
+            for name, cache in caches.items():
+                cache.fill(run, missing[name], pad_token_id, batch_size, device, 0, 1, f"Teacher on the {name} set")
             self.answer_losses = [
                 answer_loss(model, rows, batch_size, f"Teacher, {name}: losses")
                 for name, rows in self._answers.items()

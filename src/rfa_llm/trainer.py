@@ -245,7 +245,7 @@ class RFATrainer(UnlearningTrainer):
             **(
                 {}
                 if self._teacher is None
-                else {"teacher": f"{public_name(self.args.teacher)} ({self._teacher.digest})"}
+                else {"teacher": f"{public_name(self.args.teacher)} ({digest(json.dumps(self._teacher.key))})"}
             ),
         }
 
