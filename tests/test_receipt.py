@@ -265,7 +265,7 @@ def test_no_path_of_this_machine_is_in_it(relative, make_trainer, saved_llama, t
         assert str(tmp_path) not in text and "clinic" not in text
     receipt = read_receipt(tmp_path / "adapter")
     assert receipt["base_model"]["name"] == "model"
-    assert re.fullmatch(r"teacher \([0-9a-f]{16}\)", receipt["settings"]["teacher"])
+    assert re.fullmatch(r"teacher \(sha256:[0-9a-f]{16}\)", receipt["settings"]["teacher"])
 
 
 def test_a_changed_receipt_is_told(saved):
