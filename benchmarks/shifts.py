@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from rfa_llm.benchmark.environment import environment
-from rfa_llm.evaluation import read_log, read_retain_truth_ratios, summary
+from rfa_llm.evaluation import forget_truth_ratios, read_log, summary
 from rfa_llm.evaluation.metrics import forget_quality
 from rfa_llm.shifts import SHIFTS
 
@@ -58,11 +58,12 @@ def evaluate(name: str, model: Path, args: argparse.Namespace, *extra: str | Pat
 
 def write_result(name: str, log_file: Path, retain_log: Path, settings: dict, history: list[dict]) -> None:
     """The run's aggregate numbers and truth ratios, without the texts that the log holds."""
-    ratios = read_retain_truth_ratios(log_file)
-    quality = forget_quality(ratios, read_retain_truth_ratios(retain_log))
+    log = read_log(log_file)
+    ratios = forget_truth_ratios(log)
+    quality = forget_quality(ratios, forget_truth_ratios(read_log(retain_log)))
     result = {
         "settings": settings,
-        "summary": {**summary(read_log(log_file)), "forget_quality": quality},
+        "summary": {**summary(log), "forget_quality": quality},
         "forget_truth_ratios": ratios.tolist(),
         "history": history,
         **environment(),

@@ -33,7 +33,7 @@ from rfa_llm.benchmark.environment import environment
 from rfa_llm.cli.benchmark import unseen
 from rfa_llm.data.formats import load_rows, prepare
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.evaluation import read_retain_truth_ratios, write_log
+from rfa_llm.evaluation import forget_truth_ratios, write_log
 from rfa_llm.evaluation.scores import encoded_answer_scores
 
 HOLDOUT_ROWS = 100
@@ -81,7 +81,7 @@ def main() -> None:
         found["retain_only_forget_loss"] = fmean(losses(load(args.retain_only), answers, "Retain-only, forget set"))
     print({name: round(value, 3) for name, value in found.items()}, flush=True)
 
-    retain_ratios = read_retain_truth_ratios(json.loads(args.retain_result.read_text("utf-8"))["compared_with"])
+    retain_ratios = forget_truth_ratios(json.loads(args.retain_result.read_text("utf-8"))["compared_with"])
     logs = np.log(retain_ratios).tolist()
     own = {"mean_log_truth_ratio": fmean(logs), "deviation_of_log_truth_ratio": stdev(logs)}
     model = PeftModel.from_pretrained(target, args.adapter).eval()

@@ -7,7 +7,7 @@ import pytest
 
 from rfa_llm.evaluation import metrics
 from rfa_llm.evaluation.hf_metrics import AnswerProbability, ForgetQuality, ModelUtility, TruthRatio
-from rfa_llm.evaluation.log import read_log, read_retain_truth_ratios, write_log
+from rfa_llm.evaluation.log import forget_truth_ratios, read_log, write_log
 
 
 def test_probabilities_by_hand():
@@ -112,10 +112,10 @@ def test_retain_log_from_file_in_the_order_of_the_forget_set(tmp_path):
     ratios = [0.1 * index for index in range(12)]
     path = tmp_path / "TOFU_EVAL.json"
     path.write_text(json.dumps(published_log(ratios)))
-    assert read_retain_truth_ratios(path).tolist() == ratios
+    assert forget_truth_ratios(read_log(path)).tolist() == ratios
 
     older = {"forget_Truth_Ratio": published_log(ratios)["forget_truth_ratio"]}
-    assert read_retain_truth_ratios(older).tolist() == ratios
+    assert forget_truth_ratios(older).tolist() == ratios
 
 
 def test_retain_log_with_the_parts_of_the_truth_ratio():
@@ -135,14 +135,14 @@ def test_retain_log_with_the_parts_of_the_truth_ratio():
             },
         },
     }
-    assert read_retain_truth_ratios(log) == pytest.approx([0.5, 2.0])
+    assert forget_truth_ratios(log) == pytest.approx([0.5, 2.0])
 
 
 def test_retain_log_without_truth_ratios_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no truth ratios of the forget set.*model_utility"):
-        read_retain_truth_ratios({"model_utility": {"agg_value": 0.5}})
+        forget_truth_ratios({"model_utility": {"agg_value": 0.5}})
     with pytest.raises(ValueError, match="not a summary"):
-        read_retain_truth_ratios({"forget_truth_ratio": {"agg_value": 0.5}})
+        forget_truth_ratios({"forget_truth_ratio": {"agg_value": 0.5}})
 
 
 def test_log_round_trip_and_atomic_write(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rfa_llm.benchmark.environment import environment
 from rfa_llm.checkpoints import KEPT, ORDER, digest, newest_whole_checkpoint, own_settings
 from rfa_llm.config import RFAConfig
-from rfa_llm.evaluation import evaluate_tofu, read_retain_truth_ratios, summary, write_log
+from rfa_llm.evaluation import evaluate_tofu, forget_truth_ratios, summary, write_log
 from rfa_llm.evaluation.metrics import forget_quality
 from rfa_llm.evaluation.suite import probabilities
 from rfa_llm.progress import bar_alone
@@ -160,7 +160,7 @@ def _check_model(model: str, questions: Dataset, content: Mapping, result: Path)
     _, log = probabilities(loaded, AutoTokenizer.from_pretrained(model), asked, "forget")
     there = content["points"][0]["forget_truth_ratios"][: len(asked)]
     # A ratio that overflowed says as much as a large one.
-    logs = np.log(np.clip([read_retain_truth_ratios(log), there], 1e-9, 1e9))
+    logs = np.log(np.clip([forget_truth_ratios(log), there], 1e-9, 1e9))
     apart = np.abs(logs[0] - logs[1]).mean()
     if apart > SAME_MODEL:
         raise ValueError(
@@ -180,7 +180,7 @@ def check_reference(content: Mapping, retain_result: Mapping, result: Path) -> N
     Raises:
         ValueError: Its forget quality is not that of its truth ratios and the retain-only model's.
     """
-    retain_ratios = read_retain_truth_ratios(retain_result["compared_with"])
+    retain_ratios = forget_truth_ratios(retain_result["compared_with"])
     for one in content["points"]:
         quality = forget_quality(one["forget_truth_ratios"], retain_ratios)
         if not math.isclose(quality, one["summary"]["forget_quality"], rel_tol=1e-6):

@@ -1,6 +1,6 @@
 """Evaluation of unlearning on TOFU: scores of a model's answers, metrics, the suite, and its log format."""
 
-from rfa_llm.evaluation.log import read_log, read_retain_truth_ratios, write_log
+from rfa_llm.evaluation.log import forget_truth_ratios, read_log, write_log
 from rfa_llm.evaluation.scores import (
     AnswerScore,
     answer_gradient_norms,
@@ -22,7 +22,7 @@ __all__ = [
     "next_token_kl",
     "next_token_logits",
     "read_log",
-    "read_retain_truth_ratios",
+    "forget_truth_ratios",
     "summary",
     "write_log",
 ]

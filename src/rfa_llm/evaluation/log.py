@@ -77,26 +77,21 @@ def read_log(path: str | os.PathLike, field: str = "log") -> dict:
     return log
 
 
-def read_retain_truth_ratios(log: str | os.PathLike | dict) -> np.ndarray:
-    """The raw truth ratios on the forget set from the log of a retain-only model.
+def forget_truth_ratios(log: dict, name: str = "the retain log") -> np.ndarray:
+    """The raw truth ratios on the forget set.
 
     Args:
-        log: a log or its path. The ratios are read from `forget_truth_ratio` (field `score`); where the log has none,
-            they are computed from the losses in `forget_Q_A_PARA_Prob` and `forget_Q_A_PERT_Prob` (field `avg_loss`).
+        log: as `read_log` returns it. The ratios are read from `forget_truth_ratio` (field `score`); where the log has
+            none, they are computed from the losses in `forget_Q_A_PARA_Prob` and `forget_Q_A_PERT_Prob` (field
+            `avg_loss`).
+        name: what an error calls the log.
 
     Returns:
         float64 array of shape (questions,), in the order of the forget set.
 
     Raises:
-        ValueError: there is no such file, or it is no log, or has neither.
+        ValueError: it has neither, or not for each question, or one is not a number.
     """
-    if isinstance(log, dict):
-        return forget_truth_ratios(log, "the retain log")
-    return forget_truth_ratios(read_log(log, "retain_log"), str(log))
-
-
-def forget_truth_ratios(log: dict, name: str) -> np.ndarray:
-    """As `read_retain_truth_ratios`, of a log that has been read; `name` is what an error calls it."""
     key = next((key for key in FORGET_TRUTH_RATIO_KEYS if key in log), None)
     if key is not None:
         ratios = np.array(_column(log, key, "score", name), dtype=np.float64)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rfa_llm.adapters import adapter_off
 from rfa_llm.data.formats import check_tokenizer
 from rfa_llm.evaluation import fluency, memorisation, metrics
-from rfa_llm.evaluation.log import read_answers, read_attack_scores, read_log, read_retain_truth_ratios
+from rfa_llm.evaluation.log import forget_truth_ratios, read_answers, read_attack_scores, read_log
 from rfa_llm.evaluation.scores import (
     AnswerScore,
     answer_gradient_norms,
@@ -123,7 +123,7 @@ def evaluate_tofu(
                 log |= _membership(model, tokenizer, rows, scores, holdout, batch_size, gradient_norm, retain_log)
     if retain_log is not None:
         ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
-        retain_ratios = read_retain_truth_ratios(retain_log)
+        retain_ratios = forget_truth_ratios(retain_log)
         log["forget_quality"] = {"agg_value": metrics.forget_quality(ratios, retain_ratios)}
     log["model_utility"] = {"agg_value": metrics.model_utility([log[key]["agg_value"] for key in UTILITY_METRICS])}
     return log
@@ -209,7 +209,7 @@ def check_questions(
     if retain_log is None:
         return None
     retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
-    count = len(read_retain_truth_ratios(retain_log))
+    count = len(forget_truth_ratios(retain_log))
     if count != len(sets["forget"]):
         raise ValueError(
             f"retain_log has {count} truth ratios but the forget set has {len(sets['forget'])} questions; give the "
