@@ -4,18 +4,20 @@
 
 Prints, for each way to stop, a row for each forget set and each dtype and machine that it was computed in: the median
 of the forget quality and the mean of all else over the seeds, with the least and the greatest. Utility is over the
-target's, scored in the same dtype on the same kind of machine: the mean of its scorings, since the question sets that
-it is of are the same for all four forget sets. Below them, for the text of that page, it prints how far each run is
-from its retain-only model in four membership attacks and in the logarithms of the truth ratios.
+mean of all the target's scorings, since the question sets that it is of are the same for all four forget sets. Below
+them, for the text of that page, it prints how far each run is from its retain-only model in four membership attacks
+and in the logarithms of the truth ratios.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from math import log
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+
+import numpy as np
+import scipy.stats
 
 RESULTS = Path(__file__).parent / "results"
 # Where the runs of 100 steps of each forget set are, by learning rate.
@@ -43,8 +45,11 @@ METHODS = {
 }
 COLUMNS = [
     *("forget rows", "computed in", "seeds", "forget quality", "utility / target's", "extraction strength"),
-    *("forget probability", "forget ROUGE", "PrivLeak", "retain ROUGE"),
+    *("forget probability", "forget ROUGE", "min-k++", "PrivLeak", "retain ROUGE"),
 ]
+# After the retain-only model's.
+BESIDE_RETAIN_ONLY = ("extraction_strength", "forget_prob", "forget_rouge", "mia_min_k_plus_plus")
+ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 
 def read(file: Path) -> dict:
@@ -64,14 +69,10 @@ def spread(values: Sequence[float], digits: str, middle: Callable = mean) -> str
     return f"{text} ({min(values):{digits}} to {max(values):{digits}})" if len(values) > 1 else text
 
 
-def target_utilities() -> dict[str, set[float]]:
-    """The target's scorings beside these runs, by dtype and machine; one of them may lie in several folders."""
-    found: dict[str, set[float]] = {}
-    for folders in FORGET_SETS[0.002].values():
-        for folder in folders:
-            result = read(RESULTS / folder / "target.json")
-            found.setdefault(computed_in(result), set()).add(last(result)["model_utility"])
-    return found
+def target_utilities() -> set[float]:
+    """Of the target's scorings beside these runs; one of them may lie in several folders."""
+    folders = [folder for folders in FORGET_SETS[0.002].values() for folder in folders]
+    return {last(read(RESULTS / folder / "target.json"))["model_utility"] for folder in folders}
 
 
 def runs(method: str, rate: float, folder: str) -> dict[str, list[dict]]:
@@ -83,9 +84,9 @@ def runs(method: str, rate: float, folder: str) -> dict[str, list[dict]]:
     return found
 
 
-def table(method: str, rate: float, targets: dict[str, float]) -> list[str]:
+def table(method: str, rate: float, target: float) -> list[str]:
     """A method's rows, and what all its runs come to together, as lines of Markdown."""
-    lines = [f"{METHODS[method, rate]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 7]
+    lines = [f"{METHODS[method, rate]}:", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " --- |" * 8]
     medians, all_shares = [], []
     for rows, folders in FORGET_SETS[rate].items():
         of_set = []
@@ -94,7 +95,7 @@ def table(method: str, rate: float, targets: dict[str, float]) -> list[str]:
             for where, results in runs(method, rate, folder).items():
                 scores = [last(result) for result in results]
                 qualities = [score["forget_quality"] for score in scores]
-                shares = [score["model_utility"] / targets[where] for score in scores]
+                shares = [score["model_utility"] / target for score in scores]
                 of_set += qualities
                 all_shares += shares
                 cells = [
@@ -104,7 +105,7 @@ def table(method: str, rate: float, targets: dict[str, float]) -> list[str]:
                     spread(qualities, ".2g", median),
                     spread(shares, ".3f"),
                 ]
-                for name in ("extraction_strength", "forget_prob", "forget_rouge"):
+                for name in BESIDE_RETAIN_ONLY:
                     cells.append(f"{spread([score[name] for score in scores], '.3f')}; {retain_only[name]:.3f}")
                 for name, digits in (("privleak", ".0f"), ("retain_rouge", ".3f")):
                     cells.append(spread([score[name] for score in scores], digits))
@@ -122,46 +123,75 @@ def table(method: str, rate: float, targets: dict[str, float]) -> list[str]:
 
 def tables() -> str:
     """The tables, and what the retain-only models come to, as Markdown."""
-    scorings = target_utilities()
-    targets = {where: mean(values) for where, values in scorings.items()}
-    lines = [line for method, rate in METHODS for line in table(method, rate, targets)]
-    # A retain-only model is another one for each set; one scoring of each, over the target's in the same dtype.
+    of_target = target_utilities()
+    target = mean(of_target)
+    lines = [line for method, rate in METHODS for line in table(method, rate, target)]
+    # A retain-only model is another one for each set; one scoring of each.
     retrained = []
     for rows, (folder, *_) in FORGET_SETS[0.002].items():
         result = read(RESULTS / folder / "retain-only.json")
-        retrained.append(f"{rows} {last(result)['model_utility'] / targets[computed_in(result)]:.3f}")
-    of_target = scorings["bfloat16, NVIDIA H200"]
+        retrained.append(f"{rows} {last(result)['model_utility'] / target:.3f}")
     return "\n".join(
         [
             *lines,
             f"The retain-only models' utility over the target's: {', '.join(retrained)}.",
-            f"The target's own, in {len(of_target)} scorings on H200s: {min(of_target):.3f} to {max(of_target):.3f}.",
+            f"The target's own, in {len(of_target)} scorings: {min(of_target):.3f} to {max(of_target):.3f}, "
+            f"{target:.4f} in the mean.",
         ]
     )
 
 
-def differences() -> str:
+def spread_test(ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
+    """The p-value of a permutation test, question by question, that the logarithms of two models' truth ratios have
+    one standard deviation: the Kolmogorov-Smirnov test is slow to see that they have not."""
+    return scipy.stats.permutation_test(
+        (np.log(ratios), np.log(retain_ratios)),
+        lambda ours, theirs, axis: np.std(ours, axis) - np.std(theirs, axis),
+        permutation_type="samples",
+        vectorized=True,
+        rng=0,
+    ).pvalue
+
+
+def differences(runs: Iterable[tuple[str, dict, dict]]) -> str:
     """Each run minus its retain-only model: the attacks' AUC, and mean and standard deviation of the logarithms of the
-    forget set's truth ratios, as Markdown."""
-    attacks = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
-    columns = ("run", *attacks, "log truth ratio, mean", "deviation")
+    forget set's truth ratios, with `spread_test`, as Markdown.
+
+    Args:
+        runs: name, result, and the retain-only model's result.
+    """
+    columns = ("run", *ATTACKS, "log truth ratio, mean", "deviation", "p of the deviation")
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
 
     def figures(point: dict) -> list[float]:
-        logs = [log(ratio) for ratio in point["forget_truth_ratios"]]
-        return [*(point["summary"][name] for name in attacks), mean(logs), stdev(logs)]
+        logs = np.log(point["forget_truth_ratios"])
+        return [*(point["summary"][name] for name in ATTACKS), logs.mean(), logs.std(ddof=1)]
 
+    passing, told_apart = 0, 0
+    for name, result, retain_only in runs:
+        ours, theirs = result["points"][-1], retain_only["points"][-1]
+        cells = [f"{one - other:+.3f}" for one, other in zip(figures(ours), figures(theirs), strict=True)]
+        p = spread_test(ours["forget_truth_ratios"], theirs["forget_truth_ratios"])
+        lines.append(f"| {name} | {' | '.join(cells)} | {p:.2g} |")
+        passes = ours["summary"]["forget_quality"] >= 0.05
+        passing, told_apart = passing + passes, told_apart + (passes and p < 0.05)
+    lines += [
+        "",
+        f"Of {passing} runs with a forget quality of 0.05 or more {told_apart} differ in the deviation (p < 0.05).",
+    ]
+    return "\n".join(lines)
+
+
+def of_forget_sets() -> Iterable[tuple[str, dict, dict]]:
+    """All runs of `tables`, as `differences` takes them."""
     for method, rate in METHODS:
         for folder in (folder for folders in FORGET_SETS[rate].values() for folder in folders):
-            retain_only = figures(read(RESULTS / folder / "retain-only.json")["points"][-1])
+            retain_only = read(RESULTS / folder / "retain-only.json")
             for result in (one for results in runs(method, rate, folder).values() for one in results):
-                ours = figures(result["points"][-1])
-                cells = [f"{one - other:+.3f}" for one, other in zip(ours, retain_only, strict=True)]
-                name = f"{folder}: {method}, {rate}, seed {result['run']['seed']}, {computed_in(result)}"
-                lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+                seed = result["run"]["seed"]
+                yield f"{folder}: {method}, {rate}, seed {seed}, {computed_in(result)}", result, retain_only
 
 
 if __name__ == "__main__":
     print(tables())
-    print(f"\n{differences()}")
+    print(f"\n{differences(of_forget_sets())}")

@@ -3,8 +3,9 @@
     python benchmarks/rates.py
 
 Prints first each method at the learning rate with the best point of those that have run, at its last step; then every
-run, with its best point beside the last step. Utility is over the target's, scored in the same dtype on the same kind
-of machine (`carry_over.target_utilities`).
+run, with its best point beside the last step. Utility is over the mean of the target's scorings
+(`carry_over.target_utilities`). Below them it prints how far each run is from the retain-only model
+(`carry_over.differences`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 from functools import cache
 from statistics import mean, median
 
-from carry_over import RESULTS, computed_in, last, read, spread, target_utilities
+from carry_over import FORGET_SETS, RESULTS, computed_in, differences, last, read, spread, target_utilities
 
 from rfa_llm.benchmark.table import strength
 
-# Beside the runs in results/tofu800, whose calibrated one is of before it scaled the adapter.
+# Runs of the same rows and steps, scored at the last step alone; the calibrated one in results/tofu800 is of before it
+# scaled the adapter.
+LAST_STEP_ALONE = FORGET_SETS[0.002]["the subset's own"]
 CALIBRATED = {
     "rfa_calibrated": 'RFA, `stop_at="calibrated"`',
     "teacher_calibrated": 'RFA with a teacher, `stop_at="calibrated"`',
@@ -44,38 +47,39 @@ LAST_STEP = {
     "extraction strength": ("extraction_strength", ".3f"),
     "forget probability": ("forget_prob", ".3f"),
     "forget ROUGE": ("forget_rouge", ".3f"),
+    "min-k++": ("mia_min_k_plus_plus", ".2f"),
     "PrivLeak": ("privleak", ".0f"),
     "retain ROUGE": ("retain_rouge", ".3f"),
 }
 
 
-def found(method: str, folder: str) -> list[dict]:
-    """A method's results in a folder, of all its rates and seeds."""
-    results = [read(file) for file in sorted((RESULTS / folder).glob(f"{method}_lr*_seed*.json"))]
-    return [result for result in results if result["run"]["method"] == method]
+def found(method: str, *folders: str) -> list[dict]:
+    """A method's results in some folders, of all its rates and seeds."""
+    files = [file for folder in folders for file in sorted((RESULTS / folder).glob(f"{method}_lr*_seed*.json"))]
+    return [result for result in map(read, files) if result["run"]["method"] == method]
 
 
 @cache
-def targets() -> dict[str, float]:
-    """The target's utility, by dtype and machine."""
-    return {where: mean(values) for where, values in target_utilities().items()}
+def target() -> float:
+    """The target's utility."""
+    return mean(target_utilities())
 
 
-def share(summary: dict, result: dict) -> float:
+def share(summary: dict) -> float:
     """A point's utility over the target's."""
-    return summary["model_utility"] / targets()[computed_in(result)]
+    return summary["model_utility"] / target()
 
 
 def best_point(result: dict) -> dict:
-    return max(result["points"], key=lambda point: strength(point["summary"], targets()[computed_in(result)]))
+    return max(result["points"], key=lambda point: strength(point["summary"], target()))
 
 
 def best(result: dict) -> float:
-    return strength(best_point(result)["summary"], targets()[computed_in(result)])
+    return strength(best_point(result)["summary"], target())
 
 
 def at_last_step(results: list[dict]) -> list[str]:
-    """Cells of `LAST_STEP`; over several seeds the mean, with the least and the greatest."""
+    """Cells of `LAST_STEP`; over several runs the mean, with the least and the greatest."""
     scores = [last(result) for result in results]
     return [
         # The retain-only model's own log has no PrivLeak.
@@ -95,41 +99,44 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def at_best_rates() -> str:
     """Each method at the learning rate whose run has the best point, at its last step; the nearest to the retain-only
     model first."""
-    chosen = {label: found(name, "tofu800_calibrated") for name, label in CALIBRATED.items()}
+    chosen = {label: found(name, *LAST_STEP_ALONE) for name, label in CALIBRATED.items()}
     for name, label in METHODS.items():
         if name.startswith("teacher") or name in CALIBRATED:
             continue
-        runs = found(name, "tofu800")
-        rate = max(runs, key=best)["run"]["learning_rate"]
+        rate = max(found(name, "tofu800"), key=best)["run"]["learning_rate"]
+        runs = found(name, "tofu800", *LAST_STEP_ALONE)
         chosen[label] = [run for run in runs if run["run"]["learning_rate"] == rate]
     rows = []
     for label, runs in [*models().items(), *sorted(chosen.items(), key=lambda one: _place(one[1]))]:
         qualities = [last(run).get("forget_quality", 1.0) for run in runs]
         rate = f"{runs[0]['run']['learning_rate']:g}" if "run" in runs[0] else "-"
-        shares = [share(last(run), run) for run in runs]
+        shares = [share(last(run)) for run in runs]
         rows.append(
             [label, rate, str(len(runs)), spread(qualities, ".2g", median), spread(shares, ".3f"), *at_last_step(runs)]
         )
-    head = ["model", "learning rate", "seeds", "forget quality", "utility / target's", *LAST_STEP]
+    head = ["model", "learning rate", "runs", "forget quality", "utility / target's", *LAST_STEP]
     return markdown(head, rows)
 
 
 def _place(runs: list[dict]) -> tuple[float, float]:
-    return -median(last(run)["forget_quality"] for run in runs), -mean(share(last(run), run) for run in runs)
+    return -median(last(run)["forget_quality"] for run in runs), -mean(share(last(run)) for run in runs)
+
+
+def all_runs() -> list[tuple[str, dict]]:
+    return [(label, run) for name, label in METHODS.items() for run in found(name, "tofu800")]
 
 
 def every_rate() -> str:
     """Every run in results/tofu800, the nearest to the retain-only model at its last step first."""
-    runs = [(label, run) for name, label in METHODS.items() for run in found(name, "tofu800")]
     rows = []
     for name, (model,) in models().items():
         quality = last(model).get("forget_quality", 1.0)
-        rows.append([name, "-", "-", computed_in(model), f"{quality:.2g}, {share(last(model), model):.3f}", ""])
+        rows.append([name, "-", "-", computed_in(model), f"{quality:.2g}, {share(last(model)):.3f}", ""])
         rows[-1] += at_last_step([model])
-    for label, run in sorted(runs, key=lambda one: _place([one[1]])):
+    for label, run in sorted(all_runs(), key=lambda one: _place([one[1]])):
         point = best_point(run)
         shown = [
-            f"{one['summary']['forget_quality']:.2g}, {share(one['summary'], run):.3f}"
+            f"{one['summary']['forget_quality']:.2g}, {share(one['summary']):.3f}"
             for one in (run["points"][-1], point)
         ]
         which = "the last" if point is run["points"][-1] else f"{point['step']}: {shown[1]}"
@@ -141,4 +148,6 @@ def every_rate() -> str:
 
 
 if __name__ == "__main__":
-    print(at_best_rates(), every_rate(), sep="\n\n")
+    retain_only = read(RESULTS / "tofu800" / "retain-only.json")
+    runs = [(f"{label}, {run['run']['learning_rate']:g}", run, retain_only) for label, run in all_runs()]
+    print(at_best_rates(), every_rate(), differences(runs), sep="\n\n")

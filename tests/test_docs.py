@@ -16,6 +16,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import carry_over
+import numpy as np
 import pytest
 import rates
 from accelerate.commands.launch import launch_command_parser
@@ -315,3 +316,11 @@ def test_the_tables_are_those_of_the_committed_results():
     assert carry_over.tables() in page
     assert rates.every_rate() in page
     assert rates.at_best_rates() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_spread_test_sees_what_the_deviation_is():
+    rng = np.random.default_rng(0)
+    ratios = np.exp(rng.normal(0.0, 0.7, 100))
+    # The same questions, a little noise: nothing to see. Drawn together by a third: seen.
+    assert carry_over.spread_test(ratios * np.exp(rng.normal(0.0, 0.2, 100)), ratios) > 0.05
+    assert carry_over.spread_test(ratios**0.67, ratios) < 0.01

@@ -158,5 +158,6 @@ def forget_test(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float
 
 
 def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
-    """The p-value of `forget_test`, in [0, 1]; near 1 where the two models cannot be told apart."""
+    """The p-value of `forget_test`, in [0, 1]: near 0 where the two models are told apart, and any number alike where
+    they are not, so it is no distance."""
     return float(forget_test(unlearned_ratios, retain_ratios).pvalue)
