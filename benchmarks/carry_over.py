@@ -145,7 +145,8 @@ def spread_test(ratios: Sequence[float], retain_ratios: Sequence[float]) -> floa
     """The p-value of a permutation test, question by question, that the logarithms of two models' truth ratios have
     one standard deviation: the Kolmogorov-Smirnov test is slow to see that they have not."""
     return scipy.stats.permutation_test(
-        (np.log(ratios), np.log(retain_ratios)),
+        # Their means may differ.
+        [logs - logs.mean() for logs in (np.log(ratios), np.log(retain_ratios))],
         lambda ours, theirs, axis: np.std(ours, axis) - np.std(theirs, axis),
         permutation_type="samples",
         vectorized=True,

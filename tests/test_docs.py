@@ -320,7 +320,9 @@ def test_the_tables_are_those_of_the_committed_results():
 
 def test_the_spread_test_sees_what_the_deviation_is():
     rng = np.random.default_rng(0)
-    ratios = np.exp(rng.normal(0.0, 0.7, 100))
-    # The same questions, a little noise: nothing to see. Drawn together by a third: seen.
-    assert carry_over.spread_test(ratios * np.exp(rng.normal(0.0, 0.2, 100)), ratios) > 0.05
-    assert carry_over.spread_test(ratios**0.67, ratios) < 0.01
+    questions = rng.normal(0.0, 0.7, 100)
+    ours, theirs = (np.exp(questions + rng.normal(0.0, 0.2, 100)) for _ in range(2))
+    # Another mean alone is nothing to see; ratios that are drawn together by a third are seen.
+    assert carry_over.spread_test(2 * ours, theirs) == pytest.approx(carry_over.spread_test(ours, theirs))
+    assert carry_over.spread_test(ours, theirs) > 0.05
+    assert carry_over.spread_test(ours**0.67, theirs) < 0.01
