@@ -42,7 +42,7 @@ HOLDOUT_ROWS = 100
 
 def losses(model: PreTrainedModel, rows: Dataset, desc: str) -> list[float]:
     """Mean loss of each row's answer, nats per token."""
-    return [score.loss for score in encoded_answer_scores(model, list(rows), 16, moments=False, desc=desc)]
+    return [score.loss for score in encoded_answer_scores(model, list(rows), 16, desc)]
 
 
 @torch.no_grad()

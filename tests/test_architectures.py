@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
     TrainerCallback,
 )
 from transformers.pytorch_utils import Conv1D
@@ -73,6 +75,12 @@ ARCHITECTURES = {
         {**BASE, "init_std": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5},
     ),
     "bloom": ("transformer.h", BloomConfig, {**BASE, "attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    # Reads its rates from the configuration in each forward.
+    "falcon": (
+        "transformer.h",
+        FalconConfig,
+        {**BASE, "attention_dropout": 0.1, "hidden_dropout": 0.1, "new_decoder_architecture": True},
+    ),
     # Blocks that are not alike.
     "lfm2": ("model.layers", Lfm2Config, {**GQA, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
     # Attention with learnt sinks, and experts.
@@ -85,7 +93,7 @@ ARCHITECTURES = {
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 # Those whose attention takes a mask and a scale of ours; two of them come without sdpa.
 WITHOUT_SDPA = ("gemma2", "gpt_oss")
-NARROWABLE = [name for name in ARCHITECTURES if name not in ("bloom", "lfm2")]
+NARROWABLE = [name for name in ARCHITECTURES if name not in ("bloom", "falcon", "lfm2")]
 narrowable = pytest.mark.parametrize(
     ("name", "implementation"),
     [(name, "eager") for name in NARROWABLE] + [(name, "sdpa") for name in NARROWABLE if name not in WITHOUT_SDPA],
@@ -365,6 +373,10 @@ def test_attention_that_takes_no_mask_of_ours_is_refused(shift, make_trainer):
         make_trainer({"shift": shift}, model=tiny_model("bloom"))
     with pytest.raises(ValueError, match=f"'{shift}' changes attention alone, but Lfm2ForCausalLM has conv layers"):
         make_trainer({"shift": shift}, model=tiny_model("lfm2"))
+    values = {**GQA, "num_key_value_heads": 1, "num_hidden_layers": 4, "lru_width": 32}
+    recurrent = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**values))
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM has linear_attention layers"):
+        make_trainer({"shift": shift}, model=recurrent)
 
 
 def test_flash_attention_is_refused_for_local():

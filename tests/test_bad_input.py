@@ -221,11 +221,15 @@ def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):
     ],
     ids=["encoder", "encoder-decoder", "other"],
 )
-def test_models_that_are_no_decoders_are_refused_without_their_weights(config, message, make_trainer, tmp_path):
-    path = str(tmp_path / "model")
+def test_models_that_are_no_decoders_are_refused_without_their_weights(
+    config, message, make_trainer, saved_llama, tmp_path
+):
+    path = str(tmp_path / "other")
     config.save_pretrained(path)  # no weights beside it
     with pytest.raises(ValueError, match=f"^model: '{path}' {message}"):
         make_trainer(model=path)
+    with pytest.raises(ValueError, match=f"^teacher: '{path}' {message}"):
+        make_trainer({"shift": "ignorant", "teacher": path}, model=saved_llama)
 
 
 @pytest.mark.parametrize("model", [None, Path("model")])

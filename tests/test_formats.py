@@ -145,6 +145,26 @@ def test_a_chat_template_that_rewrites_the_prompt_is_refused():
         encode(QA, tokenizer)
 
 
+def test_a_template_that_also_ends_the_conversation_gives_one_closing_token():
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.add_tokens(["</s>"], special_tokens=True)
+    tokenizer.chat_template += "{% if not add_generation_prompt %}</s>{% endif %}"
+    assert split_tokens(QA, tokenizer) == (CHAT_PROMPT, ["I", "am", "Ada", "<|im_end|>"])
+    # The answer's own special tokens stay.
+    odd = {**QA, "answer": "I am </s> Ada"}
+    assert split_tokens(odd, tokenizer) == (CHAT_PROMPT, ["I", "am", "</s>", "Ada", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+def test_a_datasets_format_does_not_reach_the_encoded_rows(format):
+    rows = Dataset.from_list([QA])
+    plain, formatted = (load_rows(one, "forget_dataset") for one in (rows, rows.with_format(format)))
+    one, other = (prepare(some, make_tokenizer(), "forget_dataset", None) for some in (plain, formatted))
+    assert one[:] == other[:]
+    with pytest.raises(ValueError, match="1 rows of forget_dataset are in retain_dataset too"):
+        check_disjoint(one, other, "forget_dataset", "retain_dataset")
+
+
 def test_prepare_keeps_ids_start_and_row_number_only():
     rows = Dataset.from_list([{**QA, "index": "x"}, {"question": "who ?", "answer": "Bo", "index": "y"}])
     tokenizer = make_tokenizer()
@@ -260,9 +280,8 @@ def test_load_rows_reads_files_into_memory(tmp_path, monkeypatch, suffix):
     assert loaded.cache_files == []
 
 
-def test_load_rows_takes_a_dataset_as_it_is_and_names_bad_sources(tmp_path):
-    rows = Dataset.from_list([QA])
-    assert load_rows(rows, "forget_dataset") is rows
+def test_load_rows_takes_a_datasets_rows_and_names_bad_sources(tmp_path):
+    assert load_rows(Dataset.from_list([QA]), "forget_dataset").to_list() == [QA]
     with pytest.raises(ValueError, match="forget_dataset is None"):
         load_rows(None, "forget_dataset")
     with pytest.raises(ValueError, match="retain_dataset is 'nowhere.jsonl', but there is no such file"):

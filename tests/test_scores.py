@@ -104,7 +104,7 @@ def test_prompts_of_any_lengths_go_together(prompt_lengths, attention):
         log_probs = model(ids[None]).logits[0].double().log_softmax(-1)
         answer = range(row["answer_start"], len(ids))
         expected.append(torch.tensor([-log_probs[t - 1, ids[t]].item() for t in answer]))
-    scores = encoded_answer_scores(model, rows, batch_size=16, moments=False, desc="")
+    scores = encoded_answer_scores(model, rows, batch_size=16, desc="")
     for score, losses in zip(scores, expected, strict=True):
         torch.testing.assert_close(torch.tensor(score.token_losses), losses.double(), atol=1e-5, rtol=0)
 
@@ -127,7 +127,7 @@ def test_answers_to_the_same_question_are_scored_as_if_alone(model, tokenizer, b
 
 @torch.no_grad()
 def test_token_scores_equal_a_naive_loop(model, tokenizer):
-    for row, score in zip(ROWS, answer_scores(model, tokenizer, ROWS, batch_size=3, moments=True), strict=True):
+    for row, score in zip(ROWS, answer_scores(model, tokenizer, ROWS, batch_size=3, moments=len(ROWS)), strict=True):
         encoded = encode(row, tokenizer)
         ids, start = encoded["input_ids"], encoded["answer_start"]
         log_probs = model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1)
@@ -138,6 +138,8 @@ def test_token_scores_equal_a_naive_loop(model, tokenizer):
         assert score.matches.tolist() == (log_probs.argmax(-1) == answer).tolist()
         assert score.means == pytest.approx(-own.entropy().numpy(), abs=1e-5)
         assert score.deviations == pytest.approx(deviations.numpy(), abs=1e-5)
+    some = answer_scores(model, tokenizer, ROWS, batch_size=3, moments=2)
+    assert [score.means is not None for score in some] == [True, True, *[False] * (len(ROWS) - 2)]
 
 
 @torch.no_grad()
@@ -156,7 +158,7 @@ def test_a_token_that_is_ruled_out_has_no_part_in_the_moments(model, tokenizer):
 
     handle = model.lm_head.register_forward_hook(rule_out)
     try:
-        (score,) = answer_scores(model, tokenizer, [row], moments=True)
+        (score,) = answer_scores(model, tokenizer, [row], moments=1)
     finally:
         handle.remove()
     assert score.means == pytest.approx(-own.entropy().numpy(), abs=1e-5)

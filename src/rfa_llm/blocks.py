@@ -38,26 +38,27 @@ def read_config(name: str, field: str, what: str, **source) -> PreTrainedConfig:
         raise ValueError(f"{field}: {name!r} is no model ({reason}); give the folder or Hub id of {what}.") from error
 
 
-def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
+def check_decoder_only(config: PreTrainedConfig, name: str, field: str = "model") -> None:
     """Refuse a model that is not a decoder-only language model, from its config alone.
 
     Args:
         config: The model's config.
         name: What the user called the model, for the message.
+        field: The setting that it came from.
 
     Raises:
         ValueError: For an encoder, an encoder-decoder model, or one that has no causal language model class.
     """
     if config.is_encoder_decoder:
-        raise ValueError(f"model: {name!r} is an encoder-decoder ({config.model_type}); pass a decoder-only model.")
+        raise ValueError(f"{field}: {name!r} is an encoder-decoder ({config.model_type}); pass a decoder-only model.")
     # Masked language models may sit in the causal mapping too; they are decoders only when told so.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
-        raise ValueError(f"model: {name!r} is an encoder ({config.model_type}); pass a decoder-only model.")
+        raise ValueError(f"{field}: {name!r} is an encoder ({config.model_type}); pass a decoder-only model.")
     # Or a class in the repository's own code, under `trust_remote_code`.
     own_classes = config.to_dict().get("auto_map", {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_classes:
         raise ValueError(
-            f"model: {name!r} ({config.model_type}) has no causal language model class in transformers; "
+            f"{field}: {name!r} ({config.model_type}) has no causal language model class in transformers; "
             "pass a decoder-only model."
         )
 
@@ -231,12 +232,17 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
             )
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: PreTrainedModel) -> None:
     """Switch the base model's own dropout off, in place; adapters' dropout stays.
 
     A residual compares two forward passes, and dropout would put noise of its own into the difference. Covers
-    `nn.Dropout` modules and the rates that attention layers and blocks hold as plain floats.
+    `nn.Dropout` modules and the rates that attention layers and blocks hold as plain floats, or read from the model's
+    configuration (Falcon's do).
     """
+    config = model.config.get_text_config(decoder=True)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
     adapters = {*layers, *(module for part in parts for module in part.modules())}

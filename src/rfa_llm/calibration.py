@@ -185,7 +185,7 @@ def final_look(state: TrainerState) -> dict[str, float] | None:
 
 def answer_loss(model: nn.Module, rows: Dataset, batch_size: int, desc: str) -> float:
     """Mean over rows of the answer's loss, nats per token, over at most `LOOK_ROWS` encoded rows of a set."""
-    scores = encoded_answer_scores(model, list(spread(rows, LOOK_ROWS)), batch_size, moments=False, desc=desc)
+    scores = encoded_answer_scores(model, list(spread(rows, LOOK_ROWS)), batch_size, desc)
     return fmean(score.loss for score in scores)
 
 

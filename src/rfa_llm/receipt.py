@@ -284,7 +284,7 @@ def answer_figures(model: PreTrainedModel, sets: dict[str, list[dict]], batch_si
     """
     figures = {}
     for name, rows in sets.items():
-        scores = encoded_answer_scores(model, rows, batch_size, False, f"{name}: losses")
+        scores = encoded_answer_scores(model, rows, batch_size, f"{name}: losses")
         figures[f"{name}_answer_loss"] = fmean(score.loss for score in scores)
     return figures
 

@@ -43,7 +43,8 @@ def attention_obstacle(model: PreTrainedModel) -> str | None:
         return (
             f"needs attention that takes a custom mask or scale, which {name} (ALiBi or attention of its own) does not"
         )
-    layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types") or []
+    # Not every configuration has them, and RecurrentGemma's are no field of its own.
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     others = sorted(set(layer_types) - ATTENTION_LAYERS)
     if others:
         return (

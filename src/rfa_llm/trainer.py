@@ -580,7 +580,7 @@ class RFATrainer(UnlearningTrainer):
         # The revision is the model's.
         source = {name: settings[name] for name in SOURCE if name in settings and name != "revision"}
         teacher_config = read_config(args.teacher, "teacher", whole, **source)
-        check_decoder_only(teacher_config, args.teacher)
+        check_decoder_only(teacher_config, args.teacher, "teacher")
         for field in ("num_hidden_layers", "hidden_size", "vocab_size"):
             ours = getattr(config.get_text_config(decoder=True), field)
             theirs = getattr(teacher_config.get_text_config(decoder=True), field)

@@ -64,7 +64,7 @@ def _json_line(line: str, number: int) -> object:
 
 
 def load_rows(source: str | Dataset, field: str, config: str | None = None, split: str = "train") -> Dataset:
-    """The rows of `source`: a Dataset as it is, a local file, or a dataset of the Hub.
+    """The rows of `source`: a Dataset without its format, a local file, or a dataset of the Hub.
 
     Args:
         source: a `datasets.Dataset`; or the path of a .jsonl, .json, .csv or .parquet file; or a Hub id.
@@ -84,7 +84,8 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
     rows = source if isinstance(source, Dataset) else _load(source, field, config, split)
     if len(rows) == 0:
         raise ValueError(f"{field} is empty; give at least one row.")
-    return rows
+    # With one, such as "torch", values would be tensors.
+    return rows.with_format(None)
 
 
 def _load(source: str, field: str, config: str | None, split: str) -> Dataset:
@@ -357,6 +358,18 @@ def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTo
             "the chat template writes the prompt in another way when the answer follows; set a chat_template whose "
             "text of all turns starts with the text of the prompt."
         )
-    completion = whole[len(prompt) :].rstrip()
-    prompt_ids, answer_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, completion))
+    prompt_ids, answer_ids = (
+        tokenizer(part, add_special_tokens=False).input_ids
+        for part in (prompt, _until_end_token(whole[len(prompt) :], text, tokenizer))
+    )
     return _join(prompt_ids, answer_ids)
+
+
+def _until_end_token(completion: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template wrote from the answer on, without what follows the token that ends the turn (a line break, or
+    another token, that ends the conversation)."""
+    before, found, after = completion.rpartition(text.strip())
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [after.find(token) + len(token) for token in special if token in after]
+    # A template that changes the text is taken as it is.
+    return (before + found + after[: min(ends)] if found and ends else completion).rstrip()

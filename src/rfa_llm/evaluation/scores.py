@@ -52,7 +52,7 @@ def answer_scores(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     batch_size: int = 16,
-    moments: bool = False,
+    moments: int = 0,
     desc: str = "answer scores",
 ) -> list[AnswerScore]:
     """Score each row's answer, token by token, from one forward pass.
@@ -64,7 +64,7 @@ def answer_scores(
         tokenizer: its tokenizer, whatever its padding side.
         rows: n rows in a format of `rfa_llm.data.formats.encode`, such as {"question", "answer"}.
         batch_size: answers in a forward pass; the result does not depend on it.
-        moments: whether to compute `means` and `deviations`, which min-k++ needs.
+        moments: rows, from the first, whose `means` and `deviations`, which min-k++ needs, are computed too.
         desc: what the progress bar says.
 
     Returns:
@@ -73,12 +73,12 @@ def answer_scores(
     Raises:
         ValueError: a row is in none of the formats, or a loss is NaN.
     """
-    return encoded_answer_scores(model, [encode(row, tokenizer) for row in rows], batch_size, moments, desc)
+    return encoded_answer_scores(model, [encode(row, tokenizer) for row in rows], batch_size, desc, moments)
 
 
 @torch.no_grad()
 def encoded_answer_scores(
-    model: PreTrainedModel, encoded: Sequence[dict], batch_size: int, moments: bool, desc: str
+    model: PreTrainedModel, encoded: Sequence[dict], batch_size: int, desc: str, moments: int = 0
 ) -> list[AnswerScore]:
     """`answer_scores` of rows that are token ids already, from `encode` or `rfa_llm.data.formats.prepare`."""
     prompts = [tuple(row["input_ids"][: row["answer_start"]]) for row in encoded]
@@ -99,7 +99,12 @@ def encoded_answer_scores(
             group = list(group)
             for begin in range(0, len(group), batch_size):
                 indices = group[begin : begin + batch_size]
-                batch = _batch_scores(model, [prompts[i] for i in indices], [answers[i] for i in indices], moments)
+                batch = _batch_scores(
+                    model,
+                    [prompts[i] for i in indices],
+                    [answers[i] for i in indices],
+                    [i < moments for i in indices],
+                )
                 for index, score in zip(indices, batch, strict=True):
                     scores[index] = score
                 progress.update(len(indices))
@@ -127,7 +132,7 @@ def answer_losses(
 
 
 def _batch_scores(
-    model: PreTrainedModel, prompts: list[tuple[int, ...]], answers: list[list[int]], moments: bool
+    model: PreTrainedModel, prompts: list[tuple[int, ...]], answers: list[list[int]], moments: list[bool]
 ) -> list[AnswerScore]:
     """Scores of answers to prompts of one length."""
     cache = DynamicCache(config=model.config)
@@ -154,13 +159,13 @@ def _batch_scores(
     ).logits
 
     scores = []
-    for answer, of_row in zip(answers, logits, strict=True):
+    for answer, of_row, has_moments in zip(answers, logits, moments, strict=True):
         # The vocabulary is wide, so logits turn to float32 one row at a time.
         log_probs = of_row[: len(answer)].float().log_softmax(-1)
         ids = torch.tensor(answer, device=log_probs.device)
         losses = -log_probs.gather(1, ids[:, None])[:, 0]
         means = deviations = None
-        if moments:
+        if has_moments:
             probs = log_probs.exp()
             # A token that is ruled out (-inf) has no weight.
             log_probs = log_probs.masked_fill(probs == 0, 0)

@@ -109,16 +109,19 @@ def evaluate_tofu(
     """
     check_sizes(batch_size, max_new_tokens)
     check_tokenizer(tokenizer)
+    # With one, such as "numpy", lists would be arrays.
+    sets = {name: rows.with_format(None) for name, rows in sets.items()}
     retain_log = check_questions(sets, retain_log, gradient_norm)
     questions = {name: list(sets[name]) for name in SETS}
     log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
     for name, rows in questions.items():
-        scores, of_set = probabilities(model, tokenizer, rows, name, batch_size)
+        attacked = name == "forget" and "holdout" in sets
+        scores, of_set = probabilities(model, tokenizer, rows, name, batch_size, moments=attacked)
         log |= of_set
         if name == "forget":
             log |= _memorisation(scores)
             log |= _fluency(model, tokenizer, log["forget_Q_A_ROUGE"], batch_size)
-            if "holdout" in sets:
+            if attacked:
                 holdout = list(sets["holdout"])
                 log |= _membership(model, tokenizer, rows, scores, holdout, batch_size, gradient_norm, retain_log)
     if retain_log is not None:
@@ -263,7 +266,12 @@ def _check_attacks(retain_log: dict, counts: dict[str, int]) -> None:
 
 
 def probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], name: str, batch_size: int = 16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    name: str,
+    batch_size: int = 16,
+    moments: bool = False,
 ) -> tuple[list[AnswerScore], dict[str, dict]]:
     """Probabilities and truth ratios of one question set, from one pass over all its answers.
 
@@ -271,6 +279,7 @@ def probabilities(
         model, tokenizer, batch_size: as in `evaluate_tofu`.
         rows: the set's rows.
         name: which set of `SETS` they are of.
+        moments: whether the true answers' scores are to have theirs.
 
     Returns:
         the true answers' scores, and the set's part of the log.
@@ -287,7 +296,7 @@ def probabilities(
         tokenizer,
         [{"question": question, "answer": answer} for question, answer in pairs],
         batch_size=batch_size,
-        moments=name == "forget",
+        moments=len(rows) if moments else 0,
         desc=f"{name}: losses",
     )
     all_losses = [score.loss for score in scores]
@@ -400,7 +409,7 @@ def _membership(
     """The membership attacks: do forget rows look more like training data than holdout rows?"""
     forget_rows, holdout_rows = _pairs(forget_rows), _pairs(holdout_rows)
     holdout_scores = answer_scores(
-        model, tokenizer, holdout_rows, batch_size=batch_size, moments=True, desc="holdout: losses"
+        model, tokenizer, holdout_rows, batch_size=batch_size, moments=len(holdout_rows), desc="holdout: losses"
     )
     halves = {"forget": (forget_rows, forget_scores), "holdout": (holdout_rows, holdout_scores)}
     attacks = {"mia_loss": {}, "mia_zlib": {}, "mia_min_k": {}, "mia_min_k_plus_plus": {}}
