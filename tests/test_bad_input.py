@@ -221,15 +221,11 @@ def test_an_adapter_that_comes_with_the_model(make_trainer, tmp_path):
     ],
     ids=["encoder", "encoder-decoder", "other"],
 )
-def test_models_that_are_no_decoders_are_refused_without_their_weights(
-    config, message, make_trainer, saved_llama, tmp_path
-):
-    path = str(tmp_path / "other")
+def test_models_that_are_no_decoders_are_refused_without_their_weights(config, message, make_trainer, tmp_path):
+    path = str(tmp_path / "model")
     config.save_pretrained(path)  # no weights beside it
     with pytest.raises(ValueError, match=f"^model: '{path}' {message}"):
         make_trainer(model=path)
-    with pytest.raises(ValueError, match=f"^teacher: '{path}' {message}"):
-        make_trainer({"shift": "ignorant", "teacher": path}, model=saved_llama)
 
 
 @pytest.mark.parametrize("model", [None, Path("model")])
@@ -247,6 +243,21 @@ def test_a_model_that_is_an_adapter(make_trainer, tmp_path):
     get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(path)
     with pytest.raises(ValueError, match=f"^model: '{path}' is an adapter.*merge it into its base"):
         make_trainer(model=path)
+
+
+def test_words_for_from_pretrained_that_are_no_object(tmp_path):
+    with pytest.raises(ValueError, match="^model_init_kwargs: 'dtype=bfloat16' is no object; give names and values"):
+        RFAConfig(output_dir=str(tmp_path), model_init_kwargs="dtype=bfloat16")
+
+
+def test_a_model_without_a_name_needs_its_tokenizer(make_trainer):
+    with pytest.raises(ValueError, match="^processing_class: a model without a name has no tokenizer to load"):
+        make_trainer(processing_class=None)
+
+
+def test_one_block_is_given_as_a_list(make_trainer):
+    with pytest.raises(ValueError, match=r"^blocks: 2 is no list; give one, such as \[2\]"):
+        make_trainer({"blocks": 2})
 
 
 @pytest.mark.parametrize("loader", ["quantization_config", "model_init_kwargs"])
@@ -279,7 +290,7 @@ def test_a_teacher_of_another_kind_is_refused_without_its_weights(
 ):
     teacher = str(tmp_path / "teacher")
     config.save_pretrained(teacher)
-    with pytest.raises(ValueError, match=f"'{teacher}' {message}"):
+    with pytest.raises(ValueError, match=f"^teacher: '{teacher}' {message}"):
         make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
 
 

@@ -27,8 +27,7 @@ from rfa_llm.benchmark import (
 from rfa_llm.benchmark.picture import FLOOR, trade_off
 from rfa_llm.cli import benchmark as cli_benchmark
 from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
-from rfa_llm.cli.evaluate import load_question_sets
-from rfa_llm.data.tofu import load_tofu
+from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary
 
 REPO = Path(__file__).parents[1]
@@ -521,6 +520,10 @@ def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
         ({"trainer": "rfa", "holdout": True}, "methods: 'x' has holdout, but no stop_at"),
         ({"trainer": "rfa", "max_steps": 2}, "methods: 'x' has 'max_steps', which the comparison sets by itself"),
         ({"trainer": "rfa", "alpha": "2e0"}, "methods: 'x' has 'alpha' as the text '2e0'; YAML sees a number where"),
+        (
+            {"trainer": "rfa", "learning_rates": 1e-3},
+            r"methods: 'x' has learning_rates: 0.001; give a list, such as \[",
+        ),
         ({"trainer": "rfa", "learning_rates": ["1e-3"]}, "learning_rates: '1e-3' is no number with a dot"),
     ],
 )
@@ -597,6 +600,11 @@ def test_the_rate_of_the_other_seeds_is_chosen_among_all_that_have_run(finished,
         arguments(folder, finished, results_dir=str(results), only=["rfa"], learning_rates=[other], seeds=[0, 3])
     )
     assert not (results / f"rfa_lr{other:g}_seed3.json").exists()
+    assert f"| rfa, last step | {best:g} | 4 | 2 |" in text
+    # A seed that came first, or is named first, does not hide the rates of another.
+    text = benchmark(
+        arguments(folder, finished, results_dir=str(results), only=["rfa"], learning_rates=[other], seeds=[2, 0])
+    )
     assert f"| rfa, last step | {best:g} | 4 | 2 |" in text
 
 

@@ -145,6 +145,12 @@ def test_finetune_is_refused_where_several_processes_were_started(tmp_path, monk
         finetune.main(["--model_name_or_path", "x", "--train_dataset", "y", "--output_dir", str(tmp_path)])
 
 
+def test_finetune_refuses_an_adapter(tmp_path):
+    get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter; merge it into its base"):
+        finetune.main(["--model_name_or_path", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("use_peft", ["true", "false"])
 def test_finetune_lowers_the_loss_of_its_rows(use_peft, saved_llama, data_dir, tmp_path, tokenizer, forget):
     from rfa_llm.evaluation import answer_losses

@@ -214,6 +214,9 @@ def test_the_beginning_of_a_settings_name_is_no_setting(tmp_path):
 
 def test_a_key_of_a_recipe_that_is_no_setting_is_named(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model_name_or_path: x\nforget_datasets: y\n")
+    (tmp_path / "number.yaml").write_text("blocks: -1\n")
+    with pytest.raises(SystemExit, match=r"^rfa-llm: error: blocks: -1 is no list; give one, such as \[-1\]"):
+        call("unlearn", f"--output_dir OUT --config {tmp_path / 'number.yaml'}", tmp_path)
     with pytest.raises(SystemExit, match="^rfa-llm: error: --forget_datasets: there is no such setting"):
         call("unlearn", f"--output_dir OUT --config {tmp_path / 'recipe.yaml'}", tmp_path)
 

@@ -115,6 +115,13 @@ def test_what_does_not_fit_together_is_named_before_anything_is_written(words, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_retain_model_that_is_not_there_ends_it_before_the_training(finished, tmp_path):
+    words = ["--model", str(finished / "target"), "--data_dir", str(finished / "data")]
+    with pytest.raises(ValueError, match="^retain_model: 'typo'"):
+        run_demo("--output_dir", str(tmp_path / "out"), *words, "--retain_model", "typo")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "forget_prob, model_utility, code",
     [(0.25, 0.77, 0), (0.259, 0.761, 0), (0.27, 0.8, 1), (0.1, 0.75, 1), (float("nan"), 0.8, 1)],

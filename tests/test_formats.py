@@ -298,4 +298,4 @@ def test_load_rows_takes_a_datasets_rows_and_names_bad_sources(tmp_path):
     ):
         load_rows("nobody/nothing", "forget_dataset")
     with pytest.raises(TypeError, match="forget_dataset is a DatasetDict"):
-        load_rows(DatasetDict(train=rows), "forget_dataset")
+        load_rows(DatasetDict(train=Dataset.from_list([QA])), "forget_dataset")

@@ -226,6 +226,14 @@ def test_the_teachers_features_go_with_the_training_unless_they_have_a_folder(
     assert not (tmp_path / "adapter" / "_reference_features").exists()
 
 
+def test_the_teachers_features_do_not_outlive_a_trainer_that_is_refused(saved_llama, tmp_path, make_trainer):
+    tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
+    config = {"shift": "ignorant", "teacher": str(tmp_path / "teacher")}
+    with pytest.raises(ValueError, match="^peft_config: .*lm_head.* would get no gradient"):
+        make_trainer(config, model=saved_llama, peft_config=tiny_lora(target_modules=["q_proj", "lm_head"]))
+    assert not (tmp_path / "adapter" / "_reference_features").exists()
+
+
 def test_a_teacher_trained_again_under_its_name_is_run_again(saved_llama, tmp_path, make_trainer):
     teacher = tmp_path / "teacher"
     config = {"shift": "ignorant", "teacher": str(teacher), "blocks": ALIGNED, "next_token_weight": 0.0}

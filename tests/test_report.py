@@ -413,7 +413,7 @@ def test_a_forget_quality_that_is_right_is_taken_and_none_is_measured(demo, tmp_
         (["RUN", "--log", "a.json", "b.json"], "^log: 2 given for 1 runs; give one a run"),
         (["RUN", "--log", "nowhere.json"], "^log: 'nowhere.json' is no file; give a log of"),
         (["RUN", "--retain_log", "RUN"], "^retain_log: 'RUN' is no file; give a log of"),
-        (["--config", "OTHER/recipe.yaml"], r"^runs: 'RUN' is text; give a list, such as \[RUN\]"),
+        (["--config", "OTHER/recipe.yaml"], r"^runs: 'RUN' is no list; give one, such as \[RUN\]"),
         (
             ["RUN", "--output_file", "report.pdf"],
             "^output_file: 'report.pdf' is no name of an HTML file; give one that",

@@ -145,10 +145,12 @@ def resolve_blocks(blocks: Sequence[int] | None, count: int) -> list[int]:
         count: Number of decoder blocks of the model.
 
     Raises:
-        ValueError: For an empty list, an index out of range, or one given twice.
+        ValueError: For one number, an empty list, an index out of range, or one given twice.
     """
     if blocks is None:
         return sorted({2 * count // 5, 3 * count // 5, 4 * count // 5, count - 1})
+    if isinstance(blocks, int):
+        raise ValueError(f"blocks: {blocks} is no list; give one, such as [{blocks}].")
     if len(blocks) == 0:
         raise ValueError("blocks: the list is empty; name at least one block, or leave it out for the default.")
     for index in blocks:

@@ -121,17 +121,23 @@ class RFATrainer(UnlearningTrainer):
         self._shift_vectors: torch.Tensor | None = None
         # Reference features of the run that `train` is in; none outside, and where each step computes them.
         self._cached: dict[str, FeatureCache] = {}
-        super().__init__(
-            model=model,
-            args=RFAConfig(output_dir="rfa-adapter") if args is None else args,
-            forget_dataset=forget_dataset,
-            retain_dataset=retain_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        args = RFAConfig(output_dir="rfa-adapter") if args is None else args
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                forget_dataset=forget_dataset,
+                retain_dataset=retain_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                quantization_config=quantization_config,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        except BaseException:
+            if self._teacher is not None:
+                self._discard_features(args)
+            raise
         self.add_callback(_FillCache(self))
         if self._calibration is not None:
             self.add_callback(self._calibration)
@@ -532,10 +538,12 @@ class RFATrainer(UnlearningTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._cached = {}
-            folder = self._cache_dir(self.args)
-            own = self.args.reference_cache_dir is None and folder.exists()
-            if own and self.accelerator.is_main_process:
-                shutil.rmtree(folder)
+            self._discard_features(self.args)
+
+    def _discard_features(self, args: RFAConfig) -> None:
+        folder = self._cache_dir(args)
+        if args.reference_cache_dir is None and folder.exists() and PartialState().is_main_process:
+            shutil.rmtree(folder)
 
     def _make_shift_vectors(self) -> torch.Tensor:
         """What the shift needs at each block, float32: means or random directions `[blocks, hidden]`, the style's maps

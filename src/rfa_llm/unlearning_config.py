@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -128,6 +129,11 @@ class UnlearningConfig(TrainingArguments):
                 f"num_train_epochs: {self.num_train_epochs} trains nothing; give more than 0, or set max_steps."
             )
         super().__post_init__()
+        if not isinstance(self.model_init_kwargs, (dict, NoneType)):
+            raise ValueError(
+                f"model_init_kwargs: {self.model_init_kwargs!r} is no object; give names and values, as JSON "
+                '\'{"attn_implementation": "eager"}\'.'
+            )
 
     def _check_positive(self, *names: str, whole: bool = False) -> None:
         for name in names:

@@ -155,6 +155,8 @@ class UnlearningTrainer(Trainer):
         self._before_data(args, config)
 
         if processing_class is None:
+            if not name:
+                raise ValueError("processing_class: a model without a name has no tokenizer to load; pass one.")
             processing_class = AutoTokenizer.from_pretrained(name, **source)
         check_tokenizer(processing_class)
         forget_rows, retain_rows = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,10 @@ from rfa_llm.benchmark import (
 )
 from rfa_llm.checkpoints import digest
 from rfa_llm.cli.demo import DemoArguments, make_models
-from rfa_llm.cli.evaluate import load_question_sets
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import load_rows
-from rfa_llm.data.tofu import load_tofu
+from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import write_log
 from rfa_llm.evaluation.scores import BrokenModelError
 from rfa_llm.evaluation.suite import check_sizes
@@ -117,6 +117,9 @@ class BenchmarkArguments:
         for name, settings in self.methods.items():
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
+            rates = settings.get("learning_rates", [])
+            if not isinstance(rates, list):
+                raise ValueError(f"methods: {name!r} has learning_rates: {rates!r}; give a list, such as [{rates}].")
             whole = {**(self.training or {}), **settings}
             without_one = whole.get("teacher") is not None and not whole.get("holdout", False)
             if whole.get("stop_at") is not None and not without_one and self.holdout_dataset is None:
@@ -308,7 +311,7 @@ def benchmark(args: BenchmarkArguments) -> str:
             broken.append(run_name(one))
 
     def chosen(name: str) -> list[dict]:
-        """A method's results, also those of other times, at the learning rate that is best on its first seed."""
+        """A method's results, of other times too, at the learning rate that is best on the seed that has most."""
         done = []
         for file in sorted(results.glob(f"{name}_lr*_seed*.json")):
             found = _read(file)
@@ -320,8 +323,9 @@ def benchmark(args: BenchmarkArguments) -> str:
                 done.append(found)
         if not done:
             return []
-        first = min(one["run"]["seed"] for one in done)
-        best = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
+        rates = Counter(one["run"]["seed"] for one in done)
+        most = max(sorted(rates), key=rates.get)
+        best = best_learning_rate([one for one in done if one["run"]["seed"] == most], utility)
         return [one for one in done if one["run"]["learning_rate"] == best]
 
     # Results that do not belong here end it now, too.

@@ -23,15 +23,16 @@ from transformers import (
     set_seed,
 )
 
-from rfa_llm.cli.evaluate import EvaluateArguments, load_question_sets, score, summary_table
+from rfa_llm.blocks import read_config
+from rfa_llm.cli.evaluate import EvaluateArguments, score, summary_table
 from rfa_llm.cli.finetune import finetune_trainer
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.fictitious import write_fictitious_tofu
 from rfa_llm.data.formats import PLAIN_TEMPLATE
-from rfa_llm.data.tofu import load_tofu
+from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import summary
-from rfa_llm.evaluation.suite import check_sizes
+from rfa_llm.evaluation.suite import check_questions, check_sizes
 from rfa_llm.progress import bar_alone
 from rfa_llm.receipt import versions
 from rfa_llm.shifts import SHIFTS
@@ -202,8 +203,10 @@ def demo(args: DemoArguments) -> dict:
         **{**QUIET, "logging_strategy": "steps"},
     )
     if own:
-        # Read now, so that a missing file ends the demo before the training and not after it.
-        load_question_sets(data_dir, None, "forget_perturbed", "retain_perturbed")
+        # Read now, so that what is missing ends the demo before the training and not after it.
+        check_questions(load_question_sets(data_dir, None, "forget_perturbed", "retain_perturbed"), None)
+        if retain_model is not None:
+            read_config(retain_model, "retain_model", "a causal language model")
         first, steps = 1, 2
     else:
         # These are done in a moment.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rfa_llm.adapters import base_revision, on_its_base, read_adapter
 from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
-from rfa_llm.data.tofu import load_tofu
+from rfa_llm.data.tofu import load_question_sets
 from rfa_llm.evaluation import evaluate_tofu, summary, write_log
 from rfa_llm.evaluation.suite import check_questions, check_sizes
 
@@ -64,17 +64,6 @@ class EvaluateArguments:
     batch_size: int = field(default=16, metadata={"help": "Sequences at a time."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
-
-
-def load_question_sets(data_dir: str | None, facts_dir: str | None, forget_config: str, retain_config: str) -> dict:
-    """TOFU's four question sets (`load_tofu`), as `evaluate_tofu` takes them."""
-    facts_dir = facts_dir or data_dir
-    return {
-        "forget": load_tofu(forget_config, data_dir),
-        "retain": load_tofu(retain_config, data_dir),
-        "real_authors": load_tofu("real_authors_perturbed", facts_dir),
-        "world_facts": load_tofu("world_facts_perturbed", facts_dir),
-    }
 
 
 def summary_table(logs: dict[str, dict]) -> str:

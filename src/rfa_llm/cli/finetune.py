@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
+from peft.utils import CONFIG_NAME
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +36,6 @@ class FinetuneArguments:
     )
     train_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the model's folder or repository."})
 
 
 @dataclass
@@ -81,15 +81,6 @@ class FinetuneModelConfig(ModelConfig):
             raise ValueError(
                 "load_in_4bit, load_in_8bit: a whole model is saved here, in full precision; leave them out."
             )
-
-
-def load_gguf(model_name_or_path: str, gguf_file: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    """A GGUF checkpoint as a plain model, which can be trained and saved; its weights are dequantized by then."""
-    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, gguf_file=gguf_file, dtype=dtype)
-    # transformers keeps the mark of a quantized model and would refuse both.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    return model
 
 
 def finetune_trainer(
@@ -144,13 +135,15 @@ def main(argv: list[str]) -> None:
     data_args, training_args, model_args = read_settings(dataclasses, "finetune", argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    if (Path(model_args.model_name_or_path) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} is an adapter; merge it into its base "
+            "(`rfa-llm merge`) and pass the merged model."
+        )
     dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
-    source = {"revision": model_args.model_revision, "gguf_file": data_args.gguf_file}
+    source = {"revision": model_args.model_revision}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
-    if data_args.gguf_file is None:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
-    else:
-        model = load_gguf(model_args.model_name_or_path, data_args.gguf_file, model_args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     finetune(model, tokenizer, dataset, training_args, get_peft_config(model_args))

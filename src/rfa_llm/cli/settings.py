@@ -39,13 +39,14 @@ TEXT_OR_LIST = {"lora_target_modules"}
 
 
 class SettingsParser(TrlParser):
-    """Refuses text in a recipe where a list belongs; it would be read letter by letter."""
+    """Refuses one value in a recipe where a list belongs; text would be read letter by letter."""
 
     def set_defaults_with_config(self, **settings) -> list[str]:
         hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
+        lists = {name for name, hint in hints.items() if _is_list(hint)} - TEXT_OR_LIST
         for name, value in settings.items():
-            if isinstance(value, str) and name in hints.keys() - TEXT_OR_LIST and _is_list(hints[name]):
-                raise ValueError(f"{name}: {value!r} is text; give a list, such as [{value}].")
+            if name in lists and not isinstance(value, (list, NoneType)):
+                raise ValueError(f"{name}: {value!r} is no list; give one, such as [{value}].")
         return super().set_defaults_with_config(**settings)
 
 

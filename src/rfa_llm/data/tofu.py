@@ -33,3 +33,25 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
         mend = f"give one of {found}" if found else "give the folder that holds TOFU's .jsonl files"
         raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; {mend}.")
     return load_rows(str(path), "data_dir")
+
+
+def load_question_sets(
+    data_dir: str | None, facts_dir: str | None, forget_config: str, retain_config: str
+) -> dict[str, Dataset]:
+    """TOFU's four question sets, as `rfa_llm.evaluation.evaluate_tofu` takes them.
+
+    Args:
+        data_dir: as of `load_tofu`.
+        facts_dir: the folder of the real authors and world facts, where it is not `data_dir`.
+        forget_config, retain_config: such as "forget10_perturbed" and "retain_perturbed".
+
+    Raises:
+        ValueError: as from `load_tofu`.
+    """
+    facts_dir = facts_dir or data_dir
+    return {
+        "forget": load_tofu(forget_config, data_dir),
+        "retain": load_tofu(retain_config, data_dir),
+        "real_authors": load_tofu("real_authors_perturbed", facts_dir),
+        "world_facts": load_tofu("world_facts_perturbed", facts_dir),
+    }
