@@ -207,17 +207,12 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
         aligned: Aligned block indices, ascending.
 
     Raises:
-        ValueError: An aligned block below every adapter (its residual is always zero), an adapter above the last
-            aligned block or outside the blocks (it would get no gradient), or no adapter at all.
+        ValueError: An aligned block below every adapter (its residual is always zero), or an adapter above the last
+            aligned block or outside the blocks (it would get no gradient).
     """
     blocks = find_blocks(model)
     block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
     trainable = {name: block_of.get(id(p)) for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True`, or pass the "
-            "model without one."
-        )
     adapted = [index for index in trainable.values() if index is not None]
     if not adapted or aligned[0] < min(adapted):
         first = f"the first adapter sits on block {min(adapted)}" if adapted else "no block has an adapter"

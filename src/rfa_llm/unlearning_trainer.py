@@ -288,6 +288,11 @@ class UnlearningTrainer(Trainer):
             # peft's own place for it: the adapter names its base whole.
             model = get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
         base = model.get_base_model()
+        if not any(parameter.requires_grad for parameter in base.parameters()):
+            raise ValueError(
+                "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True`, or pass the "
+                "model without one."
+            )
         self._check_model(args, base)
         disable_dropout(base)
         return model

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rfa_llm.evaluation.metrics import forget_test
 from rfa_llm.files import written_whole
 from rfa_llm.report import figures
-from rfa_llm.report.runs import Run, answers, logged_steps, residuals, scores
+from rfa_llm.report.runs import LOGS, Run, answers, logged_steps, residuals, scores
 
 # Of both pages; the templates have it too.
 TITLE = "Unlearning report"
@@ -144,7 +144,7 @@ def _overview(runs: Sequence[Run], labels: Sequence[str]) -> Table:
 
 def _comparison(runs: Sequence[Run], labels: Sequence[str]) -> Section:
     section = Section("Forget quality against model utility")
-    missing = [name for name in ("target", "unlearned", "retain-only") if any(name not in run.logs for run in runs)]
+    missing = [name for name in LOGS if any(name not in run.logs for run in runs)]
     if missing:
         section.left_out.append(f"The plot is left out: it needs the logs of {_options(missing)}.")
         return section
@@ -266,7 +266,7 @@ def _residuals(run: Run) -> Section:
 
 def _truth_ratios(run: Run) -> Section:
     section = Section("Truth ratios of the forget set")
-    missing = [name for name in ("target", "unlearned", "retain-only") if name not in run.logs]
+    missing = [name for name in LOGS if name not in run.logs]
     if missing:
         what = "They are" if len(missing) == 3 else "Some are"
         section.left_out.append(f"{what} left out: {_options(missing)} would bring them.")
@@ -306,7 +306,7 @@ def _figures(run: Run) -> Section:
             [metric.replace("_", " "), *(_text(columns[name].get(metric)) for name in columns)] for metric in metrics
         ]
         section.tables.append(Table(["metric", *columns], rows))
-    missing = [name for name in ("target", "unlearned", "retain-only") if name not in run.logs]
+    missing = [name for name in LOGS if name not in run.logs]
     if missing:
         section.left_out.append(f"Evaluations are left out: {_options(missing)} would bring them.")
     measured = run.receipt["metrics"]
@@ -405,12 +405,7 @@ def _first_and_last(title: str, steps: Sequence[int], values: dict[str, Sequence
 
 
 def _options(models: Sequence[str]) -> str:
-    options = {
-        "target": "`--before_log` (target)",
-        "unlearned": "`--log` (unlearned)",
-        "retain-only": "`--retain_log` (retain-only)",
-    }
-    return ", ".join(options[name] for name in models)
+    return ", ".join(f"`--{LOGS[name]}` ({name})" for name in models)
 
 
 def _no_history(run: Run, what: str) -> str:

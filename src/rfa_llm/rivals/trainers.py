@@ -136,13 +136,6 @@ class RivalTrainer(UnlearningTrainer):
     def _make_collator(self, args, pad_token_id):
         return RivalCollator(pad_token_id, args.forget_tokens, args.retain_tokens)
 
-    def _check_model(self, args, base):
-        if not any(parameter.requires_grad for parameter in base.parameters()):
-            raise ValueError(
-                "peft_config: the adapter has no trainable parameter; load it with `is_trainable=True`, or pass the "
-                "model without it."
-            )
-
     def _counted(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Positions whose next token counts, bool `[rows, tokens]`; nothing follows a row's last one."""
         has_next = inputs["attention_mask"].roll(-1, dims=1).bool()
@@ -337,7 +330,6 @@ class ASUTrainer(RivalTrainer):
     method = "asu"
 
     def _check_model(self, args, base):
-        super()._check_model(args, base)
         obstacle = reference.attention_obstacle(base)
         if obstacle is not None:
             raise ValueError(f"method: 'asu' {obstacle}; use another method.")
