@@ -31,7 +31,7 @@ from rfa_llm.cli.merge import MergeArguments, merge
 from rfa_llm.cli.unlearn import UnlearnArguments, UnlearnModelConfig, unlearn
 from rfa_llm.config import RFAConfig
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.evaluation import read_retain_truth_ratios
+from rfa_llm.evaluation import forget_truth_ratios
 from rfa_llm.evaluation.suite import probabilities
 
 RESULTS = Path(__file__).parent / "results" / "qlora"
@@ -97,7 +97,7 @@ def score(name: str, args: argparse.Namespace, model: Path, nf4: bool = False, a
         scores = {
             "forget_prob": log["forget_Q_A_Prob"]["agg_value"],
             "forget_truth_ratio": log["forget_truth_ratio"]["agg_value"],
-            "truth_ratios": read_retain_truth_ratios(log).tolist(),
+            "truth_ratios": forget_truth_ratios(log).tolist(),
         }
         file.write_text(json.dumps(scores))
     return json.loads(file.read_text())

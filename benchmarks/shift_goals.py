@@ -29,7 +29,7 @@ from rfa_llm.benchmark.environment import environment
 from rfa_llm.blocks import find_blocks
 from rfa_llm.data.formats import prepare, spread
 from rfa_llm.data.tofu import load_tofu
-from rfa_llm.evaluation import read_retain_truth_ratios, write_log
+from rfa_llm.evaluation import forget_truth_ratios, write_log
 from rfa_llm.evaluation.metrics import answer_probability, forget_quality, truth_ratio
 from rfa_llm.feature_cache import FeatureRows, batches, row_features
 from rfa_llm.reference import fit_style, local_mask
@@ -124,7 +124,7 @@ def main() -> None:
     }
 
     compared_with = json.loads(args.retain_result.read_text(encoding="utf-8"))["compared_with"]
-    retain_ratios = read_retain_truth_ratios(compared_with)
+    retain_ratios = forget_truth_ratios(compared_with)
     results = {}
     for name, goal in goals.items():
         figures = answer_figures(losses(target, rows, goal), wrong_counts, retain_ratios)
