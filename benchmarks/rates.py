@@ -149,5 +149,8 @@ def every_rate() -> str:
 
 if __name__ == "__main__":
     retain_only = read(RESULTS / "tofu800" / "retain-only.json")
-    runs = [(f"{label}, {run['run']['learning_rate']:g}", run, retain_only) for label, run in all_runs()]
+    runs = [
+        (f"{label}, {run['run']['learning_rate']:g}, seed {run['run']['seed']}", run, retain_only)
+        for label, run in all_runs()
+    ]
     print(at_best_rates(), every_rate(), differences(runs), sep="\n\n")

@@ -150,7 +150,9 @@ def test_a_template_that_also_ends_the_conversation_gives_one_closing_token():
     tokenizer.add_tokens(["</s>"], special_tokens=True)
     tokenizer.chat_template += "{% if not add_generation_prompt %}</s>{% endif %}"
     assert split_tokens(QA, tokenizer) == (CHAT_PROMPT, ["I", "am", "Ada", "<|im_end|>"])
-    # The answer's own special tokens stay.
+    # The closing token may hold the answer's text, and the answer special tokens of its own.
+    tokenizer.add_tokens(["end"])
+    assert split_tokens({**QA, "answer": "end"}, tokenizer) == (CHAT_PROMPT, ["end", "<|im_end|>"])
     odd = {**QA, "answer": "I am </s> Ada"}
     assert split_tokens(odd, tokenizer) == (CHAT_PROMPT, ["I", "am", "</s>", "Ada", "<|im_end|>"])
 

@@ -226,11 +226,25 @@ def test_the_teachers_features_go_with_the_training_unless_they_have_a_folder(
     assert not (tmp_path / "adapter" / "_reference_features").exists()
 
 
-def test_the_teachers_features_do_not_outlive_a_trainer_that_is_refused(saved_llama, tmp_path, make_trainer):
+def test_the_teachers_features_do_not_outlive_a_trainer_that_is_refused(
+    saved_llama, tmp_path, make_trainer, monkeypatch
+):
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "teacher")
     config = {"shift": "ignorant", "teacher": str(tmp_path / "teacher")}
     with pytest.raises(ValueError, match="^peft_config: .*lm_head.* would get no gradient"):
         make_trainer(config, model=saved_llama, peft_config=tiny_lora(target_modules=["q_proj", "lm_head"]))
+    assert not (tmp_path / "adapter" / "_reference_features").exists()
+
+    run = reference.Teacher.run
+
+    def run_and_break(teacher, *args):
+        run(teacher, *args)
+        assert list((tmp_path / "adapter" / "_reference_features").iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference.Teacher, "run", run_and_break)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(config, model=saved_llama)
     assert not (tmp_path / "adapter" / "_reference_features").exists()
 
 

@@ -146,6 +146,8 @@ def test_log_names_and_shapes_are_those_of_openunlearning(model, tokenizer, sets
 
     write_log(log, tmp_path / "TOFU_EVAL.json")
     assert read_log(tmp_path / "TOFU_EVAL.json") == log
+    formatted = {name: rows.with_format("numpy") for name, rows in sets.items()}
+    assert evaluate_tofu(model, tokenizer, formatted, max_new_tokens=4) == log
 
 
 def test_forget_quality_is_1_against_itself(model, tokenizer, sets, tmp_path):
@@ -286,7 +288,7 @@ def test_retain_log_of_another_forget_set_is_refused(model, tokenizer, sets):
         ({"mia_loss": {"forget": 2, "holdout": 2}}, "2 forget rows under mia_loss, but there are 3"),
         ({"mia_min_k": None}, "an AUC of None under mia_min_k"),
         ({"mia_min_k": 1.0}, "an AUC of 1.0 under mia_min_k"),
-        ({"forget_truth_ratio": [0.5, None, 0.5]}, "retain log has a truth ratio that is not a number"),
+        ({"forget_truth_ratio": [0.5, None, 0.5]}, "retain_log has a truth ratio that is not a number"),
     ],
 )
 def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring(tokenizer, sets, changed, message):

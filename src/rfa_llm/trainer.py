@@ -206,7 +206,7 @@ class RFATrainer(UnlearningTrainer):
                     f"teacher: {args.teacher!r} is the model itself, whose features are no shift; pass the checkpoint "
                     "from before the fine-tuning."
                 )
-            self._teacher = self._run_teacher(args, config, forget, pad_token_id)
+            self._run_teacher(args, config, forget, pad_token_id)
 
     def _last_adapted_block(self, config):
         return self.aligned[-1]
@@ -581,7 +581,7 @@ class RFATrainer(UnlearningTrainer):
 
         return reference.fit_style(pairs())
 
-    def _run_teacher(self, args, config, forget, pad_token_id) -> reference.Teacher:
+    def _run_teacher(self, args, config, forget, pad_token_id) -> None:
         """Let the teacher run, in the first process, over what of the sets is not on disk already; open all of it."""
         whole = "the whole checkpoint from before the fine-tuning, no adapter"
         settings = args.model_init_kwargs or {}
@@ -599,7 +599,10 @@ class RFATrainer(UnlearningTrainer):
                 )
         folder, init_kwargs = self._cache_dir(args), {"dtype": settings.get("dtype", "auto"), **source}
         sets = (forget, self._mean_rows, self._holdout)
-        teacher = reference.Teacher(args.teacher, init_kwargs, folder, self.aligned, *sets, args.forget_tokens)
+        # Known before it has run: what it leaves on disk goes where the run cannot begin.
+        self._teacher = teacher = reference.Teacher(
+            args.teacher, init_kwargs, folder, self.aligned, *sets, args.forget_tokens
+        )
         state = PartialState()
         if state.is_main_process:
             with _loaded_whole(args):
@@ -607,7 +610,6 @@ class RFATrainer(UnlearningTrainer):
         state.wait_for_everyone()
         teacher.answer_losses = broadcast_object_list([teacher.answer_losses])[0]
         _check_shown([teacher.forget, teacher.retain], folder)
-        return teacher
 
     def _blocks(self) -> list[nn.Module]:
         blocks = find_blocks(self._peft_model().get_base_model())

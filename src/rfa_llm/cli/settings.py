@@ -68,8 +68,8 @@ def read_settings(
         usage, epilog: Of its help.
 
     Raises:
-        ValueError: There is no such file of settings, or no such setting, or text where a list belongs, or a dataclass
-            refuses a value.
+        ValueError: There is no such file of settings, or no such setting, or one value where a list belongs, or a
+            dataclass refuses a value.
         SystemExit: Help was asked for (exit code 0), or a value is of another type (2).
     """
     parser = SettingsParser(

@@ -358,18 +358,19 @@ def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTo
             "the chat template writes the prompt in another way when the answer follows; set a chat_template whose "
             "text of all turns starts with the text of the prompt."
         )
-    prompt_ids, answer_ids = (
-        tokenizer(part, add_special_tokens=False).input_ids
-        for part in (prompt, _until_end_token(whole[len(prompt) :], text, tokenizer))
-    )
-    return _join(prompt_ids, answer_ids)
+    completion = whole[len(prompt) :].rstrip()
+    prompt_ids, answer_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, completion))
+    return _join(prompt_ids, _until_end_token(answer_ids, tokenizer))
 
 
-def _until_end_token(completion: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template wrote from the answer on, without what follows the token that ends the turn (a line break, or
-    another token, that ends the conversation)."""
-    before, found, after = completion.rpartition(text.strip())
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [after.find(token) + len(token) for token in special if token in after]
-    # A template that changes the text is taken as it is.
-    return (before + found + after[: min(ends)] if found and ends else completion).rstrip()
+def _until_end_token(answer_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """An answer without what follows the token that ends its turn, such as one that ends the conversation."""
+
+    def is_blank(index: int, skip_special_tokens: bool) -> bool:
+        return not tokenizer.decode([answer_ids[index]], skip_special_tokens=skip_special_tokens).strip()
+
+    begin = len(answer_ids)
+    while begin and is_blank(begin - 1, skip_special_tokens=True):
+        begin -= 1
+    ends = [index for index in range(begin, len(answer_ids)) if not is_blank(index, skip_special_tokens=False)]
+    return answer_ids[: ends[0] + 1] if ends else answer_ids

@@ -77,7 +77,7 @@ def read_log(path: str | os.PathLike, field: str = "log") -> dict:
     return log
 
 
-def forget_truth_ratios(log: dict, name: str = "the retain log") -> np.ndarray:
+def forget_truth_ratios(log: dict, name: str = "the log") -> np.ndarray:
     """The raw truth ratios on the forget set.
 
     Args:

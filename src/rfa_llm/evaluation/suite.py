@@ -109,9 +109,8 @@ def evaluate_tofu(
     """
     check_sizes(batch_size, max_new_tokens)
     check_tokenizer(tokenizer)
-    # With one, such as "numpy", lists would be arrays.
-    sets = {name: rows.with_format(None) for name, rows in sets.items()}
     retain_log = check_questions(sets, retain_log, gradient_norm)
+    sets = _without_format(sets)
     questions = {name: list(sets[name]) for name in SETS}
     log = _rouge(model, tokenizer, questions, batch_size, max_new_tokens)
     for name, rows in questions.items():
@@ -126,7 +125,7 @@ def evaluate_tofu(
                 log |= _membership(model, tokenizer, rows, scores, holdout, batch_size, gradient_norm, retain_log)
     if retain_log is not None:
         ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
-        retain_ratios = forget_truth_ratios(retain_log)
+        retain_ratios = forget_truth_ratios(retain_log, "retain_log")
         log["forget_quality"] = {"agg_value": metrics.forget_quality(ratios, retain_ratios)}
     log["model_utility"] = {"agg_value": metrics.model_utility([log[key]["agg_value"] for key in UTILITY_METRICS])}
     return log
@@ -171,6 +170,7 @@ def check_questions(
     Raises:
         ValueError: as `evaluate_tofu`.
     """
+    sets = _without_format(sets)
     checked = {name: has_paraphrases for name, (_, has_paraphrases) in SETS.items()}
     if "holdout" in sets:
         checked["holdout"] = False
@@ -212,7 +212,7 @@ def check_questions(
     if retain_log is None:
         return None
     retain_log = retain_log if isinstance(retain_log, dict) else read_log(retain_log, "retain_log")
-    count = len(forget_truth_ratios(retain_log))
+    count = len(forget_truth_ratios(retain_log, "retain_log"))
     if count != len(sets["forget"]):
         raise ValueError(
             f"retain_log has {count} truth ratios but the forget set has {len(sets['forget'])} questions; give the "
@@ -232,6 +232,11 @@ def check_questions(
     if "holdout" in sets:
         _check_attacks(retain_log, {half: len(sets[half]) for half in ("forget", "holdout")})
     return retain_log
+
+
+def _without_format(sets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """With one, such as "numpy", lists would be arrays."""
+    return {name: rows.with_format(None) for name, rows in sets.items()}
 
 
 def _check_holdout(sets: Mapping[str, Dataset]) -> None:
