@@ -365,7 +365,7 @@ BAD_INPUT = [
     (["ADAPTER", "me/adapter", *PUBLISH, "--before_log", "no.json"], "^before_log: 'no.json' is no file; give a"),
     (
         ["ADAPTER", "me/adapter", *PUBLISH, "--config", "RECIPE"],
-        r"^datasets: 'me/a b' is text; .* such as \[me/a b\]",
+        r"^datasets: 'me/a b' is no list; give one, such as \[me/a b\]",
     ),
     (
         ["ADAPTER", "me/adapter", *PUBLISH, "--forget_dataset", "NUMBERS"],
