@@ -9,9 +9,9 @@
 The run's adapter is scaled until the forget set's answers are as unlikely as for a model that was fine-tuned without
 them, by `RFATrainer`'s estimate from a teacher and rows that neither it nor the target saw; with `--retain_only` what
 such a model really has stands beside it. The rows are 100 others than a run of the benchmark calibrates by (those that
-it scores the attacks on). At that strength
-the paraphrased and wrong answers give the truth ratios and the forget quality, and with `--facts_dir` all question
-sets are asked. `--models` is as scripts/smollm2_tofu.py makes it, the data folder as scripts/tofu800.py does.
+it scores the attacks on). At that strength the paraphrased and wrong answers give the truth ratios and the forget
+quality, and with `--facts_dir` all question sets are asked. `--models` is as scripts/smollm2_tofu.py makes it, the
+data folder as scripts/tofu800.py does.
 
 A rival's adapter can be scaled as well, also back, where it went too far:
 
