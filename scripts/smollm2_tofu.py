@@ -12,6 +12,7 @@ with the same values in float32, for a CPU that has no bfloat16 instructions.
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -52,14 +53,14 @@ def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with full.jsonl and retain.jsonl")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, help="folder with adapters `target` and `retain` to merge")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     for name, data in (("base", None), ("target", "full.jsonl"), ("retain", "retain.jsonl")):
         model, tokenizer = load_smollm2(torch.bfloat16)
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

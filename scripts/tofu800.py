@@ -23,6 +23,7 @@ Whether a method carries over to other rows, with a retain-only twin of their ow
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
@@ -69,14 +70,14 @@ def tofu800(forget_rows: list[int], tofu_dir: str) -> dict[str, Dataset]:
     }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu_dir", type=Path, required=True, help="folder with TOFU's configurations, {name}.jsonl")
     parser.add_argument("--download", action="store_true", help="write them there first, from the Hub")
     parser.add_argument("--begin", type=int, help="first row of another forget set, from 0")
     parser.add_argument("--end", type=int, help="the row after its last")
     parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.begin is None) != (args.end is None):
         parser.error("begin, end: give both, or neither for the subset's own forget set.")
     if args.download:
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

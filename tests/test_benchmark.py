@@ -415,9 +415,10 @@ def test_the_table_has_the_best_methods_first_and_all_best_steps_before_the_last
 def test_the_picture_has_every_point_in_its_place():
     methods = {"rfa": [result(1e-3, 0, [0.25, 1e-20], [0.4, 0.6]), result(1e-3, 1, [0.9], [0.9])]}
     lines = trade_off({**MODELS, "retain-only": result(0, 0, [1.0], [0.55])}, methods).axes[0].get_lines()
-    trajectory, *marks = (line.get_xydata().ravel().tolist() for line in lines[:3])
+    trajectory, end, *marks = (line.get_xydata().ravel().tolist() for line in lines[:4])
     # From the target on, the first seed's; what lies too low is drawn on the floor.
     assert trajectory == pytest.approx([1.0, FLOOR, 0.8, 0.25, 1.2, FLOOR])
+    assert end == trajectory[-2:]
     assert marks == [[1.0, FLOOR], pytest.approx([1.1, 1.0])]
 
 

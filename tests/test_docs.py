@@ -66,6 +66,8 @@ NOT_RUN = {
     "rfa-llm benchmark": "takes hours; tests/test_benchmark.py runs a short one",
     "rfa-llm unlearn --accelerate_config": "wants several GPUs; tests/test_multi_process.py runs it on the CPU",
     "accelerate launch": "likewise",
+    "python scripts/tofu800.py": "wants TOFU; tests/test_tofu800_script.py runs it",
+    "python scripts/smollm2_tofu.py": "fine-tunes for an hour",
     "python benchmarks/gpu.py": "wants a GPU; tests/test_gpu_script.py runs it on the CPU",
 }
 # Run in a process of their own, which knows our Hub only.
@@ -109,6 +111,9 @@ def check(words: list[str]) -> None:
             assert f"\n{target}: $(VENV)/ready\n" in (ROOT / "Makefile").read_text(), words
         case ["pip", "install", "-e", where]:
             assert where == "." or f"\n{where[2:-1]} = [" in (ROOT / "pyproject.toml").read_text(), words
+        case ["pip", "install", *names]:
+            pinned = (ROOT / "constraints.txt").read_text()
+            assert all(f"\n{name}==" in pinned for name in names if not name.startswith("-")), words
         case ["python", "-m", "pytest", *files] | ["ruff", "check" | "format", *files]:
             assert all((ROOT / file).exists() for file in files if not file.startswith("-")), words
         case ["lm-eval" | "vllm", *_]:
@@ -267,7 +272,9 @@ def test_flags_in_the_text_are_some_command_s(monkeypatch):
 
 def test_links_outside_the_site_lead_to_files():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        targets = [token.attrs["href"] for token in in_the_text(page) if token.type == "link_open"]
+        tokens = in_the_text(page)
+        targets = [token.attrs["href"] for token in tokens if token.type == "link_open"]
+        targets += [token.attrs["src"] for token in tokens if token.type == "image"]
         files = [target.partition("#")[0] for target in targets if not target.startswith(("https://", "#"))]
         assert [file for file in files if not (ROOT / file).exists()] == []
 

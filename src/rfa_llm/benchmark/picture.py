@@ -40,7 +40,8 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
 def trade_off(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]]) -> Figure:
     """Forget quality against model utility: the trajectories from the target to each method's last point.
 
-    Methods differ by marker and line style as well as by colour, so that it can be read in black and white.
+    Methods differ by marker and line style as well as by colour, so that it can be read in black and white. The last
+    point has the largest mark.
 
     Args:
         models: results of "target" and "retain-only".
@@ -59,17 +60,20 @@ def trade_off(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]])
     for number, (name, results) in enumerate(methods.items()):
         points = [summaries["target"], *(point["summary"] for point in results[0]["points"])]
         x, y = zip(*(place(summary) for summary in points), strict=True)
-        axes.plot(
+        marker = MARKERS[number % len(MARKERS)]
+        (line,) = axes.plot(
             x,
             y,
             linestyle=STYLES[number % len(STYLES)],
-            marker=MARKERS[number % len(MARKERS)],
+            marker=marker,
             # The first point is the target's, which has a mark of its own.
             markevery=slice(1, None),
-            markersize=5,
+            markersize=4,
             linewidth=2.2 if name.startswith("rfa") else 1.1,
             label=name,
         )
+        # Where it ends, or the way could be read either way round.
+        axes.plot(x[-1:], y[-1:], marker=marker, markersize=9, markeredgecolor="white", color=line.get_color())
     for name, summary in summaries.items():
         x, y = place(summary)
         axes.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
+from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -44,6 +45,8 @@ from rfa_llm.receipt import (
 LOGS = {"after": "log", "before": "before_log", "retain_only": "retain_log"}
 # Figures that `tolerance` is a share of alone.
 P_VALUES = {"forget_quality"}
+# A check's name, whether it passed (`None` where nothing was measured), and what was found.
+Check = tuple[str, bool | None, str]
 # What transformers and peft raise where a file holds what they do not expect.
 UNREADABLE = (TypeError, KeyError, AttributeError, SafetensorError)
 
@@ -111,11 +114,6 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     if args.folder is None:
         raise ValueError("folder: none is given; give it as `rfa-llm verify FOLDER`.")
     receipt = read_receipt(args.folder)
-    checks = [("receipt", True, "its own hash is right")]
-
-    def check(name: str, found: str, expected: str) -> None:
-        checks.append((name, found == expected, found if found == expected else f"{found}, the receipt {expected}"))
-
     # Why a set's losses, or an evaluation's figures, are not measured.
     why = {name: f"give the whole set as --{name}" for name in ("forget", "retain")}
     why |= {column: f"give a new log as --{name}" for column, name in LOGS.items()}
@@ -123,69 +121,13 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     def without_losses(reason: str) -> pd.DataFrame:
         return finished(receipt, checks, why | dict.fromkeys(("forget", "retain"), reason))
 
-    card_file = Path(args.folder) / CARD_NAME
-    card = card_file.read_bytes().decode(errors="replace") if card_file.is_file() else ""
-    check("model card", hashlib.sha256(card.encode()).hexdigest(), receipt["card"])
-    same = has_figures_of(card, receipt)
-    checks.append(("model card's figures", same, "the receipt's" if same else "not the receipt's"))
-    try:
-        adapter = adapter_digests(args.folder)
-    except ValueError as error:
-        checks.append(("adapter's files", False, str(error)))
+    checks = [("receipt", True, "its own hash is right"), *folder_checks(args.folder, receipt)]
+    if "adapter's files" in failed_of(checks):
         return without_losses("the adapter cannot be read")
-    check("adapter's weights", adapter["weights"], receipt["adapter"]["weights"])
-    check("adapter's configuration", adapter["config"], receipt["adapter"]["config"])
-    tokenizer_files = tokenizer_digests(args.folder)
-    either = {*tokenizer_files, *receipt["tokenizer"]}
-    changed = sorted(name for name in either if tokenizer_files.get(name) != receipt["tokenizer"].get(name))
-    not_it = f"{', '.join(changed)}: not the receipt's"
-    checks.append(("tokenizer", not changed, not_it if changed else f"{len(tokenizer_files)} files"))
-    base = receipt["base_model"]
-    named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
-    found = base_of(read_adapter_config(args.folder))
-    if "/" not in named["name"]:
-        # A folder's own name, of a path that need not be there any more.
-        found["name"] = Path(found["name"]).name
-    check("base's name", str(found), str(named))
-    check("rows to forget", str(len(receipt["forget"]["row_hashes"])), str(receipt["forget"]["rows"]))
-    wrong = wrong_figures(receipt)
-    checks.append(("receipt's figures", not wrong, wrong or "those of a training and of its evaluations"))
-
     # Before minutes of loading.
-    salt, forget, retain = None, None, None
-    if args.forget is not None or args.retain is not None:
-        salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
-    if args.forget is not None:
-        forget = load_rows(args.forget, "forget", args.forget_config, args.dataset_split)
-        hashes = [row_hash(row, salt) for row in forget]
-        given, asked = Counter(hashes), Counter(receipt["forget"]["row_hashes"])
-        # A row that was asked once is proved once.
-        known, number = (given & asked).total(), given.total()
-        proved = f"{known} of the {number} given; the request has {asked.total()}"
-        strange = next((index for index, one in enumerate(hashes) if one not in asked), None)
-        if strange is not None:
-            proved += f"; row {strange} (counted from 0) is another, or has other columns or another salt than there"
-        checks.append(("rows in the request", known == number, proved))
-        # The figures are of the whole set.
-        if given != asked:
-            forget, why["forget"] = None, f"{known} of the request's {asked.total()} rows are given"
-    if args.retain is not None:
-        retain = load_rows(args.retain, "retain", args.retain_config, args.dataset_split)
-        check("rows to keep", str(len(retain)), str(receipt["retain"]["rows"]))
-        check("retain set", set_hash(retain, salt), receipt["retain"]["hash"])
-        if not checks[-1][1]:
-            retain, why["retain"] = None, "the rows given are not the retain set"
-    for (column, name), log in zip(LOGS.items(), (args.log, args.before_log, args.retain_log), strict=True):
-        published = receipt["metrics"].get("evaluation", {}).get(column)
-        if log is not None and published is None:
-            raise ValueError(
-                f"{name}: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
-            )
-        if log is not None:
-            checks += compared(f"evaluation {column}", summary(read_log(log, name)), published, args.tolerance)
-            why[column] = "the new log has none"
-
-    failed = {name for name, passed, _ in checks if passed is False}
+    sets, salt, of_sets = given_sets(args, receipt, why)
+    checks += [*of_sets, *log_checks(args, receipt, why)]
+    failed = failed_of(checks)
     if "adapter's configuration" in failed or ("base's name" in failed and args.model_name_or_path is None):
         # What would be loaded may be anything.
         return without_losses("the adapter's configuration is not the receipt's")
@@ -194,15 +136,15 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     except UNREADABLE as error:
         checks.append(("base's weights", False, f"{type(error).__name__}: {error}".splitlines()[0]))
         return without_losses("the base does not load")
-    check("base's weights", base_model_digest(model), receipt["base_model"]["weights"])
-    check("base's configuration", base_config_digest(model.config), receipt["base_model"]["config"])
-    sets = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
-    if tokenizer_files and changed:
+    checks.append(same("base's weights", base_model_digest(model), receipt["base_model"]["weights"]))
+    checks.append(same("base's configuration", base_config_digest(model.config), receipt["base_model"]["config"]))
+    has_tokenizer = bool(tokenizer_digests(args.folder))
+    if has_tokenizer and "tokenizer" in failed:
         # Figures of other token ids would say nothing.
         why |= dict.fromkeys(sets, "the tokenizer is not the receipt's")
         sets = {}
     if sets:
-        tokenizer = load_tokenizer(args, model.name_or_path, beside=bool(tokenizer_files))
+        tokenizer = load_tokenizer(args, model.name_or_path, beside=has_tokenizer)
         check_tokenizer(tokenizer)
         length = receipt["settings"]["max_length"]
         sets = {name: figure_rows(rows, prepare(rows, tokenizer, name, length), salt) for name, rows in sets.items()}
@@ -220,6 +162,102 @@ def verify(args: VerifyArguments) -> pd.DataFrame:
     return finished(receipt, checks, why)
 
 
+def same(name: str, found: str, expected: str) -> Check:
+    return name, found == expected, found if found == expected else f"{found}, the receipt {expected}"
+
+
+def failed_of(checks: list[Check]) -> set[str]:
+    return {name for name, passed, _ in checks if passed is False}
+
+
+def folder_checks(folder: str, receipt: dict) -> list[Check]:
+    """The card's, the adapter's and the tokenizer's files, and what the receipt says of itself; they end at an adapter
+    that cannot be read."""
+    card_file = Path(folder) / CARD_NAME
+    card = card_file.read_bytes().decode(errors="replace") if card_file.is_file() else ""
+    has_figures = has_figures_of(card, receipt)
+    checks = [
+        same("model card", hashlib.sha256(card.encode()).hexdigest(), receipt["card"]),
+        ("model card's figures", has_figures, "the receipt's" if has_figures else "not the receipt's"),
+    ]
+    try:
+        adapter = adapter_digests(folder)
+    except ValueError as error:
+        return [*checks, ("adapter's files", False, str(error))]
+    checks.append(same("adapter's weights", adapter["weights"], receipt["adapter"]["weights"]))
+    checks.append(same("adapter's configuration", adapter["config"], receipt["adapter"]["config"]))
+    tokenizer_files = tokenizer_digests(folder)
+    either = {*tokenizer_files, *receipt["tokenizer"]}
+    changed = sorted(name for name in either if tokenizer_files.get(name) != receipt["tokenizer"].get(name))
+    not_it = f"{', '.join(changed)}: not the receipt's"
+    checks.append(("tokenizer", not changed, not_it if changed else f"{len(tokenizer_files)} files"))
+    base = receipt["base_model"]
+    named = base_of({"base_model_name_or_path": base["name"], "revision": base["revision"]})
+    found = base_of(read_adapter_config(folder))
+    if "/" not in named["name"]:
+        # A folder's own name, of a path that need not be there any more.
+        found["name"] = Path(found["name"]).name
+    checks.append(same("base's name", str(found), str(named)))
+    rows = receipt["forget"]
+    checks.append(same("rows to forget", str(len(rows["row_hashes"])), str(rows["rows"])))
+    wrong = wrong_figures(receipt)
+    return [*checks, ("receipt's figures", not wrong, wrong or "those of a training and of its evaluations")]
+
+
+def given_sets(
+    args: VerifyArguments, receipt: dict, why: dict[str, str]
+) -> tuple[dict[str, Dataset], str | None, list[Check]]:
+    """The sets that are given and are the receipt's, whole; the run's salt, `None` without a set; the rows' checks.
+
+    `why` gets what is wrong with a set that is given and not returned.
+    """
+    sets: dict[str, Dataset] = {}
+    checks: list[Check] = []
+    if args.forget is None and args.retain is None:
+        return sets, None, checks
+    salt = read_salt(args.salt or Path(args.folder) / SALT_NAME)
+    if args.forget is not None:
+        forget = load_rows(args.forget, "forget", args.forget_config, args.dataset_split)
+        hashes = [row_hash(row, salt) for row in forget]
+        given, asked = Counter(hashes), Counter(receipt["forget"]["row_hashes"])
+        # A row that was asked once is proved once.
+        known, number = (given & asked).total(), given.total()
+        proved = f"{known} of the {number} given; the request has {asked.total()}"
+        strange = next((index for index, one in enumerate(hashes) if one not in asked), None)
+        if strange is not None:
+            proved += f"; row {strange} (counted from 0) is another, or has other columns or another salt than there"
+        checks.append(("rows in the request", known == number, proved))
+        # The figures are of the whole set.
+        if given == asked:
+            sets["forget"] = forget
+        else:
+            why["forget"] = f"{known} of the request's {asked.total()} rows are given"
+    if args.retain is not None:
+        retain = load_rows(args.retain, "retain", args.retain_config, args.dataset_split)
+        checks.append(same("rows to keep", str(len(retain)), str(receipt["retain"]["rows"])))
+        checks.append(same("retain set", set_hash(retain, salt), receipt["retain"]["hash"]))
+        if "retain set" in failed_of(checks):
+            why["retain"] = "the rows given are not the retain set"
+        else:
+            sets["retain"] = retain
+    return sets, salt, checks
+
+
+def log_checks(args: VerifyArguments, receipt: dict, why: dict[str, str]) -> list[Check]:
+    """The figures of the new logs; `why` gets what is wrong with a figure that they lack."""
+    checks: list[Check] = []
+    for (column, name), log in zip(LOGS.items(), (args.log, args.before_log, args.retain_log), strict=True):
+        published = receipt["metrics"].get("evaluation", {}).get(column)
+        if log is not None and published is None:
+            raise ValueError(
+                f"{name}: the receipt in {args.folder!r} has no evaluation to hold it against; leave it out."
+            )
+        if log is not None:
+            checks += compared(f"evaluation {column}", summary(read_log(log, name)), published, args.tolerance)
+            why[column] = "the new log has none"
+    return checks
+
+
 def wrong_figures(receipt: dict) -> str:
     """Which figures nobody writes, or which are missing that every training writes; empty where all is well."""
     metrics, evaluations = receipt["metrics"], receipt["metrics"].get("evaluation", {})
@@ -234,7 +272,7 @@ def wrong_figures(receipt: dict) -> str:
     return f"{steps} steps were trained, and {missing} are missing" if steps > 0 and missing else ""
 
 
-def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[tuple[str, bool | None, str]]:
+def compared(what: str, figures: dict, published: dict, tolerance: float) -> list[Check]:
     """A check for each figure that was measured again; a line for one that the receipt does not have."""
     checks = []
     for name, found in figures.items():
@@ -248,7 +286,7 @@ def compared(what: str, figures: dict, published: dict, tolerance: float) -> lis
     return checks
 
 
-def finished(receipt: dict, checks: list, why: dict[str, str]) -> pd.DataFrame:
+def finished(receipt: dict, checks: list[Check], why: dict[str, str]) -> pd.DataFrame:
     """The checks, and a line for each published figure that none of them is of, as `verify` returns them.
 
     Args:
