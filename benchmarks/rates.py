@@ -15,7 +15,7 @@ from statistics import mean, median
 
 from carry_over import FORGET_SETS, RESULTS, computed_in, differences, last, read, spread, target_utilities
 
-from rfa_llm.benchmark.table import strength
+from rfa_llm.benchmark.table import at_best_learning_rate, strength
 
 # Runs of the same rows and steps, scored at the last step alone; the calibrated one in results/tofu800 is of before it
 # scaled the adapter.
@@ -74,10 +74,6 @@ def best_point(result: dict) -> dict:
     return max(result["points"], key=lambda point: strength(point["summary"], target()))
 
 
-def best(result: dict) -> float:
-    return strength(best_point(result)["summary"], target())
-
-
 def at_last_step(results: list[dict]) -> list[str]:
     """Cells of `LAST_STEP`; over several runs the mean, with the least and the greatest."""
     scores = [last(result) for result in results]
@@ -103,7 +99,7 @@ def at_best_rates() -> str:
     for name, label in METHODS.items():
         if name.startswith("teacher") or name in CALIBRATED:
             continue
-        rate = max(found(name, "tofu800"), key=best)["run"]["learning_rate"]
+        rate = at_best_learning_rate(found(name, "tofu800"), target())[0]["run"]["learning_rate"]
         runs = found(name, "tofu800", *LAST_STEP_ALONE)
         chosen[label] = [run for run in runs if run["run"]["learning_rate"] == rate]
     rows = []

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rfa_llm.benchmark import (
     Run,
-    best_learning_rate,
+    at_best_learning_rate,
     check_reference,
     check_settings,
+    draw,
     runs,
     score_model,
     table,
@@ -94,7 +95,8 @@ def question_sets(folder):
 
 
 def test_what_stops_by_itself_sees_other_holdout_rows_than_the_attacks(finished, folder, tmp_path, monkeypatch):
-    rows = [*tiny_rows(11, first=60), *load_tofu("forget", str(folder / "data"))]
+    # Most questions twice.
+    rows = [*tiny_rows(11, first=60), *tiny_rows(8, first=60), *load_tofu("forget", str(folder / "data"))]
     (tmp_path / "holdout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     given = []
 
@@ -111,10 +113,35 @@ def test_what_stops_by_itself_sees_other_holdout_rows_than_the_attacks(finished,
     seen, stop_rows, attack_rows = (
         set(of) for of in ([*forget["question"], *retain["question"]], stops["question"], attacked["question"])
     )
-    assert len(stop_rows) == len(attack_rows) == 5
+    assert stop_rows and attack_rows
     assert not stop_rows & attack_rows and not seen & (stop_rows | attack_rows)
     (result,) = (read(file) for file in (tmp_path / "out" / "results").glob("rfa_lr*.json"))
     assert {"mia_loss", "mia_min_k", "mia_reference", "privleak"} <= set(result["points"][-1]["summary"])
+
+
+def test_the_targets_result_is_held_against_the_retain_only_models(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    for file in [*results.glob("*_lr*.json"), results / "retain-only.json"]:
+        file.unlink()
+    # Another retain-only model than the one that the target's forget quality is of.
+    target = str(finished / "models" / "target")
+    other = {"target_model": target, "retain_model": target, "results_dir": str(results)}
+    with pytest.raises(ValueError, match="results: .*target.json was compared with another retain-only model"):
+        benchmark(arguments(folder, tmp_path / "out", **other))
+
+
+def test_runs_without_their_targets_result_are_refused(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    (results / "target.json").unlink()
+    with pytest.raises(ValueError, match="results: .* has rfa_lr.*, but no target.json that would say which target"):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
+
+
+def test_an_adapter_is_no_target(finished, folder, tmp_path):
+    (adapter,) = finished.glob("runs/mine_lr0.01_seed0")
+    with pytest.raises(ValueError, match="^target_model: .* is an adapter and no whole model"):
+        benchmark(arguments(folder, tmp_path, target_model=str(adapter)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_demos_models_are_made_once_and_compared(finished, folder, tmp_path, monkeypatch):
@@ -153,7 +180,8 @@ def test_a_method_may_have_an_adapter_of_its_own(finished):
 def test_every_learning_rate_runs_on_the_first_seed_and_the_best_on_the_others(finished):
     results = finished / "results"
     utility = read(results / "target.json")["points"][0]["summary"]["model_utility"]
-    best = best_learning_rate([read(results / f"rfa_lr{rate:g}_seed0.json") for rate in (1e-3, 1e-2)], utility)
+    found = at_best_learning_rate([read(results / f"rfa_lr{rate:g}_seed0.json") for rate in (1e-3, 1e-2)], utility)
+    best = found[0]["run"]["learning_rate"]
     names = {file.stem for file in results.glob("*.json")}
     runs_of_rfa = {"rfa_lr0.001_seed0", "rfa_lr0.01_seed0", f"rfa_lr{best:g}_seed3"}
     assert names == {"target", "retain-only", *runs_of_rfa, "mine_lr0.01_seed0", "mine_lr0.01_seed3"}
@@ -243,7 +271,7 @@ def test_committed_results_are_of_their_config_and_todays_defaults(results, conf
 @pytest.mark.parametrize(
     "folder", sorted(file.parent.name for file in (REPO / "benchmarks/results").glob("*/table.md"))
 )
-def test_committed_tables_are_those_of_their_results(folder):
+def test_committed_tables_and_pictures_are_those_of_their_results(folder, tmp_path):
     folder = REPO / "benchmarks/results" / folder
     models = {name: read(folder / f"{name}.json") for name in ("target", "retain-only")}
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
@@ -252,11 +280,13 @@ def test_committed_tables_are_those_of_their_results(folder):
     for file in sorted(folder.glob("*_lr*_seed*.json")):
         content = read(file)
         methods.setdefault(content["run"]["method"], []).append(content)
-    for name, done in methods.items():
-        first = min(one["run"]["seed"] for one in done)
-        rate = best_learning_rate([one for one in done if one["run"]["seed"] == first], utility)
-        methods[name] = [one for one in done if one["run"]["learning_rate"] == rate]
+    methods = {name: at_best_learning_rate(done, utility) for name, done in methods.items()}
     assert table(models, methods) == (folder / "table.md").read_text(encoding="utf-8")
+    picture = (folder / "picture.svg").read_text(encoding="utf-8")
+    # Methods stand in the order of their config.
+    order = sorted(methods, key=lambda name: picture.index(f">{name}</text>"))
+    draw(models, {name: methods[name] for name in order}, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").read_text(encoding="utf-8") == picture
 
 
 def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):
@@ -377,7 +407,15 @@ def test_the_best_learning_rate_is_that_of_the_best_point():
     late = result(1e-2, 0, [0.5, 0.5], [0.5, 0.5])
     # Utility above the target's does not make up for forget quality.
     rich = result(1e-1, 0, [0.5, 0.5], [1.0, 1.0])
-    assert best_learning_rate([early, late, rich], 0.5) == 1e-3
+    assert at_best_learning_rate([early, late, rich], 0.5) == [early]
+
+
+def test_learning_rates_are_compared_on_the_seed_that_has_most_of_them():
+    # A lucky seed of one rate says nothing of the others.
+    lucky = result(1e-2, 0, [0.9], [0.5])
+    low, high = result(1e-3, 1, [0.6], [0.5]), result(1e-2, 1, [0.4], [0.5])
+    assert at_best_learning_rate([lucky, low, high], 0.5) == [low]
+    assert at_best_learning_rate([lucky, low, high, result(1e-3, 2, [0.1], [0.5])], 0.5)[0] is low
 
 
 def test_the_table_has_the_best_step_and_the_last_with_median_mean_and_spread():
@@ -497,7 +535,16 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
         ),
         ({"only": ["nop"]}, r"only: \['nop'\] are not among the methods"),
         ({"points": 3}, "points: 3 does not divide max_steps=4"),
+        ({"max_steps": 4.0}, "points: 2 does not divide max_steps=4.0; give whole numbers that do"),
         ({"seeds": []}, "learning_rates, seeds: both need at least one"),
+        ({"seeds": [0, -1]}, "seeds: -1 is no seed; give whole numbers from 0 to 4294967295"),
+        ({"seeds": [0.5]}, "seeds: 0.5 is no seed"),
+        ({"learning_rates": [1e-2, -1.0]}, "learning_rates: -1.0 is not above 0"),
+        ({"methods": ["rfa"]}, r"methods: \['rfa'\] is no mapping; give names with their values"),
+        ({"training": [1]}, r"training: \[1\] is no mapping"),
+        ({"methods": {"r[1]": {"trainer": "rfa"}}}, r"methods: 'r\[1\]' becomes part of file names; use letters"),
+        ({"methods": {"rfa": {"trainer": "rfa", "lora": 4}}}, "methods: 'rfa' has lora: 4; give fields of LoraConfig"),
+        ({"methods": {"rfa": {"trainer": "rfa", "learning_rates": []}}}, r"has learning_rates: \[\]; give a list"),
         ({"data_dir": None}, "data_dir: no data is given"),
         ({"max_new_tokens": 0}, "batch_size, max_new_tokens: 16 and 0 must both be 1 or more"),
     ],
@@ -595,7 +642,7 @@ def test_the_rate_of_the_other_seeds_is_chosen_among_all_that_have_run(finished,
     results = shutil.copytree(finished / "results", tmp_path / "results")
     utility = read(results / "target.json")["points"][0]["summary"]["model_utility"]
     files = {rate: results / f"rfa_lr{rate:g}_seed0.json" for rate in (1e-3, 1e-2)}
-    best = best_learning_rate([read(file) for file in files.values()], utility)
+    best = at_best_learning_rate([read(file) for file in files.values()], utility)[0]["run"]["learning_rate"]
     (other,) = set(files) - {best}
     text = benchmark(
         arguments(folder, finished, results_dir=str(results), only=["rfa"], learning_rates=[other], seeds=[0, 3])

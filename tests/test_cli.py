@@ -145,10 +145,22 @@ def test_finetune_is_refused_where_several_processes_were_started(tmp_path, monk
         finetune.main(["--model_name_or_path", "x", "--train_dataset", "y", "--output_dir", str(tmp_path)])
 
 
-def test_finetune_refuses_an_adapter(tmp_path):
+@pytest.mark.parametrize("command", [finetune, evaluate], ids=["finetune", "evaluate"])
+def test_an_adapter_is_no_model(command, tmp_path):
+    # transformers would load it onto its base without a word.
     get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter; merge it into its base"):
-        finetune.main(["--model_name_or_path", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "out")])
+    out = ["--output_dir", str(tmp_path / "out")] if command is finetune else []
+    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter and no whole model; merge it"):
+        command.main(["--model_name_or_path", str(tmp_path / "lora"), *out])
+
+
+def test_weights_that_are_cut_short_end_with_a_sentence(saved_llama, data_dir, tmp_path):
+    broken = shutil.copytree(saved_llama, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ["--model_name_or_path", str(broken), "--data_dir", str(data_dir), "--forget_config", "forget_perturbed"]
+    with pytest.raises(SystemExit, match="^rfa-llm: error: .*incomplete"):
+        run(evaluate.main, words)
 
 
 @pytest.mark.parametrize("use_peft", ["true", "false"])

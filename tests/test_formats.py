@@ -157,6 +157,13 @@ def test_a_template_that_also_ends_the_conversation_gives_one_closing_token():
     assert split_tokens(odd, tokenizer) == (CHAT_PROMPT, ["I", "am", "</s>", "Ada", "<|im_end|>"])
 
 
+def test_a_template_that_ends_no_turn_gets_the_end_of_sequence():
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(" + '<|im_end|>\n'", "")
+    _, answer = split_tokens(QA, tokenizer)
+    assert answer == ["I", "am", "Ada", tokenizer.eos_token]
+
+
 @pytest.mark.parametrize("format", ["torch", "numpy"])
 def test_a_datasets_format_does_not_reach_the_encoded_rows(format):
     rows = Dataset.from_list([QA])

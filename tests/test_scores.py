@@ -172,8 +172,8 @@ def test_answers_equal_a_naive_loop(model, tokenizer, batch_size):
     assert greedy_answers(model, tokenizer, ROWS, batch_size=batch_size, max_new_tokens=12) == expected
 
 
-def test_answers_end_at_the_closing_token(model, tokenizer):
-    # A model that has learnt its answers by heart repeats them, and nothing after them.
+def learn(model, tokenizer):
+    """The model, with its answers learnt by heart."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(80):
         for row in ROWS:
@@ -184,8 +184,28 @@ def test_answers_end_at_the_closing_token(model, tokenizer):
             model(ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return model
+
+
+def test_answers_end_at_the_closing_token(model, tokenizer):
+    # A model that has learnt its answers by heart repeats them, and nothing after them.
+    learn(model, tokenizer)
     assert greedy_answers(model, tokenizer, ROWS, batch_size=3) == [row["answer"] for row in ROWS]
     assert max(answer_losses(model, tokenizer, ROWS)) < 0.1
+
+
+def test_answers_end_at_the_token_that_closes_a_turn(tokenizer, model):
+    # Another than the end of sequence, as where a base model's tokenizer got a chat template.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}: {% else %}<|eot|>"
+    tokenizer.chat_template += "{% endif %}{% endfor %}"
+    closing = tokenizer.convert_tokens_to_ids("<|eot|>")
+    learnt = learn(model, tokenizer)
+    assert (
+        all(encode(row, tokenizer)["input_ids"][-1] == closing for row in ROWS) and closing != tokenizer.eos_token_id
+    )
+    assert greedy_answers(learnt, tokenizer, ROWS, batch_size=3) == [row["answer"] for row in ROWS]
 
 
 def test_answers_end_at_any_end_token_of_the_generation_config(model, tokenizer):

@@ -183,6 +183,18 @@ def naive_tokens(model, tokenizer, question, answer) -> dict:
     return tokens
 
 
+def test_a_retain_log_with_attacks_against_other_holdout_rows_is_refused(model, tokenizer, sets):
+    log = evaluate_tofu(model, tokenizer, {**sets, "holdout": HOLDOUT}, max_new_tokens=2)
+    again = evaluate_tofu(model, tokenizer, {**sets, "holdout": HOLDOUT}, max_new_tokens=2, retain_log=log)
+    assert (again["privleak"]["agg_value"], again["mia_reference"]["agg_value"]) == (0.0, 0.5)
+    others = HOLDOUT.map(lambda row: {"answer": f"{row['answer']} ox"})
+    for attack in ("mia_loss", "mia_min_k"):
+        one = {name: value for name, value in log.items() if name == attack or not name.startswith("mia_")}
+        assert check_questions({**sets, "holdout": HOLDOUT}, one) == one
+        with pytest.raises(ValueError, match=f"^retain_log has {attack} against other holdout rows; give the log of"):
+            check_questions({**sets, "holdout": others}, one)
+
+
 def naive_auc(forget, holdout) -> float:
     return fmean(1.0 if f < h else 0.5 if f == h else 0.0 for f in forget for h in holdout)
 
@@ -313,6 +325,7 @@ def test_a_retain_log_that_cannot_be_compared_with_is_refused_before_any_scoring
         }
 
     whole = {**sets, "holdout": HOLDOUT}
+    # Logs of others do not say which rows their attacks were held against.
     assert check_questions(whole, log(content)) == log(content)
     with pytest.raises(ValueError, match=message):
         check_questions(whole, log({**content, **changed}))

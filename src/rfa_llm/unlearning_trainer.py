@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from rfa_llm.adapters import adapter_off, computing_in_model_dtype
+from rfa_llm.adapters import adapter_off, check_whole_model, computing_in_model_dtype
 from rfa_llm.blocks import check_decoder_only, disable_dropout, num_blocks, placed, read_config
 from rfa_llm.card import TAGS, Words, model_card
 from rfa_llm.checkpoints import (
@@ -140,7 +140,7 @@ class UnlearningTrainer(Trainer):
         _check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         is_path = isinstance(model, str)
         if is_path:
-            _check_not_adapter(model)
+            check_whole_model(model, "model")
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
             source = {name: init_kwargs[name] for name in SOURCE if name in init_kwargs}
             config, name = read_config(model, "model", "a causal language model", **source), model
@@ -703,14 +703,6 @@ def _check_output_dir(args: UnlearningConfig) -> None:
         raise ValueError(
             f"output_dir: {args.output_dir!r} already holds an adapter; choose another folder or set "
             "overwrite_output_dir."
-        )
-
-
-def _check_not_adapter(model: str) -> None:
-    if (Path(model) / CONFIG_NAME).exists():
-        raise ValueError(
-            f"model: {model!r} is an adapter, and its knowledge would be switched off with it; merge it into its base "
-            "(`rfa-llm merge`) and pass the merged model."
         )
 
 

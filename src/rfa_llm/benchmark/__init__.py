@@ -11,11 +11,11 @@ from rfa_llm.benchmark.runs import (
     score_model,
     train_and_score,
 )
-from rfa_llm.benchmark.table import best_learning_rate, table
+from rfa_llm.benchmark.table import at_best_learning_rate, table
 
 __all__ = [
     "Run",
-    "best_learning_rate",
+    "at_best_learning_rate",
     "check_reference",
     "check_settings",
     "draw",

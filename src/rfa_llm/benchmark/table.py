@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, harmonic_mean, median
 
@@ -32,15 +33,23 @@ def strength(summary: Mapping[str, float], target_utility: float) -> float:
     return harmonic_mean([summary["forget_quality"], min(1.0, summary["model_utility"] / target_utility)])
 
 
-def best_learning_rate(results: Sequence[dict], target_utility: float) -> float:
-    """The learning rate whose run has the best point on its trajectory (`strength`).
+def at_best_learning_rate(results: Sequence[dict], target_utility: float) -> list[dict]:
+    """The results of a method at the learning rate whose run has the best point on its trajectory (`strength`).
+
+    The rates are compared on one seed, the one that has run with most of them: a rate with more seeds would have more
+    draws.
 
     Args:
-        results: result files of one method and seed.
+        results: result files of one method.
         target_utility: the target's model utility.
     """
-    best = max(results, key=lambda one: max(strength(p["summary"], target_utility) for p in one["points"]))
-    return best["run"]["learning_rate"]
+    rates = Counter(one["run"]["seed"] for one in results)
+    seed = max(sorted(rates), key=rates.get)
+    best = max(
+        (one for one in results if one["run"]["seed"] == seed),
+        key=lambda one: max(strength(point["summary"], target_utility) for point in one["points"]),
+    )
+    return [one for one in results if one["run"]["learning_rate"] == best["run"]["learning_rate"]]
 
 
 def best_step(results: Sequence[dict], target_utility: float) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_peft_config
 
+from rfa_llm.adapters import check_whole_model
 from rfa_llm.benchmark import (
     Run,
-    best_learning_rate,
+    at_best_learning_rate,
     check_reference,
     check_settings,
     draw,
@@ -38,6 +40,8 @@ from rfa_llm.evaluation import write_log
 from rfa_llm.evaluation.scores import BrokenModelError
 from rfa_llm.evaluation.suite import check_sizes
 
+# What the result files of a method are called.
+RESULT = "{name}_lr*_seed*.json"
 # Beside a model that was fine-tuned here, what it was fine-tuned on.
 TRAINED_ON = "trained_on.json"
 
@@ -114,12 +118,23 @@ class BenchmarkArguments:
     def __post_init__(self):
         if not self.methods:
             raise ValueError("methods: none is given; name them with their settings in the file of --config.")
+        for field_name in ("methods", "training", "finetuning"):
+            value = getattr(self, field_name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{field_name}: {value!r} is no mapping; give names with their values.")
         for name, settings in self.methods.items():
+            if not re.fullmatch(r"[\w.-]+", str(name)):
+                raise ValueError(
+                    f"methods: {name!r} becomes part of file names; use letters, digits, '_', '-' and '.' alone."
+                )
             if not isinstance(settings, dict) or "trainer" not in settings:
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
-            rates = settings.get("learning_rates", [])
-            if not isinstance(rates, list):
-                raise ValueError(f"methods: {name!r} has learning_rates: {rates!r}; give a list, such as [{rates}].")
+            rates = settings.get("learning_rates", self.learning_rates)
+            if not isinstance(rates, list) or not rates:
+                raise ValueError(f"methods: {name!r} has learning_rates: {rates!r}; give a list, such as [2.0e-4].")
+            lora = settings.get("lora", {})
+            if not isinstance(lora, dict):
+                raise ValueError(f"methods: {name!r} has lora: {lora!r}; give fields of LoraConfig with their values.")
             whole = {**(self.training or {}), **settings}
             without_one = whole.get("teacher") is not None and not whole.get("holdout", False)
             if whole.get("stop_at") is not None and not without_one and self.holdout_dataset is None:
@@ -130,12 +145,16 @@ class BenchmarkArguments:
         unknown = sorted(set(self.only or ()) - set(self.methods))
         if unknown:
             raise ValueError(f"only: {unknown} are not among the methods {list(self.methods)}; name some of those.")
-        if self.points < 1 or self.max_steps < 1 or self.max_steps % self.points:
+        are_whole = isinstance(self.points, int) and isinstance(self.max_steps, int)
+        if not are_whole or self.points < 1 or self.max_steps < 1 or self.max_steps % self.points:
             raise ValueError(
-                f"points: {self.points} does not divide max_steps={self.max_steps}; give numbers that do."
+                f"points: {self.points} does not divide max_steps={self.max_steps}; give whole numbers that do."
             )
         if not self.learning_rates or not self.seeds:
             raise ValueError("learning_rates, seeds: both need at least one number.")
+        for seed in self.seeds:
+            if not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise ValueError(f"seeds: {seed!r} is no seed; give whole numbers from 0 to {2**32 - 1}.")
         for rate in [
             *self.learning_rates,
             *(r for one in self.methods.values() for r in one.get("learning_rates", [])),
@@ -144,6 +163,8 @@ class BenchmarkArguments:
                 raise ValueError(
                     f"learning_rates: {rate!r} is no number with a dot, which YAML needs to see one; write 2.0e-4."
                 )
+            if not 0 < rate < math.inf:
+                raise ValueError(f"learning_rates: {rate!r} is not above 0; give rates that are.")
         check_sizes(self.batch_size, self.max_new_tokens)
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
@@ -170,6 +191,7 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
         (args.retain_model, "retain", args.retain_config),
     ):
         if given is not None:
+            check_whole_model(given, f"{name}_model")
             paths.append(str(Path(given)))
             continue
         path = folder / "models" / name
@@ -220,16 +242,16 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
     """The rows whose questions are in neither set.
 
     Raises:
-        ValueError: They have no questions and answers, or less than two are in neither.
+        ValueError: They have no questions and answers, or less than two questions are in neither.
     """
     if not {"question", "answer"} <= set(rows.column_names):
         raise ValueError(f"holdout_dataset: its columns are {rows.column_names}; give rows of question and answer.")
     trained = {*forget["question"], *retain["question"]}
     indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
-    if len(indices) < 2:
+    if len({rows["question"][index] for index in indices}) < 2:
         raise ValueError(
             f"holdout_dataset: {len(indices)} of its {len(rows)} rows are in neither the forget nor the retain set; "
-            "give at least two that are not."
+            "give at least two questions that are not."
         )
     return rows.select(indices)
 
@@ -273,7 +295,11 @@ def benchmark(args: BenchmarkArguments) -> str:
         new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
         new = new.shuffle(seed=0, keep_in_memory=True)
         number = min(len(forget), len(new) // 2)
-        sets["holdout"], holdout = new.select(range(number)), new.select(range(number, 2 * number))
+        sets["holdout"] = new.select(range(number))
+        # A set may ask a question twice.
+        scored_on = set(sets["holdout"]["question"])
+        others = [i for i, question in enumerate(new["question"]) if i >= number and question not in scored_on]
+        holdout = new.select(others[:number])
         scored["holdout"] = digest(json.dumps(sets["holdout"][:]))
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
@@ -288,7 +314,15 @@ def benchmark(args: BenchmarkArguments) -> str:
 
     retain_result = whole("retain-only", retain_only)
     scoring["retain_log"] = retain_result["compared_with"]
+    target_file = results / "target.json"
+    orphans = [file.name for name in args.methods for file in results.glob(RESULT.format(name=name))]
+    if orphans and not target_file.exists():
+        raise ValueError(
+            f"results: {results} has {orphans[0]}, but no {target_file.name} that would say which target it is of; "
+            "delete the runs too, or choose another results_dir."
+        )
     models = {"target": whole("target", target), "retain-only": retain_result}
+    check_reference(models["target"], retain_result, target_file)
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
     utility = models["target"]["points"][0]["summary"]["model_utility"]
     if utility == 0:
@@ -313,7 +347,7 @@ def benchmark(args: BenchmarkArguments) -> str:
     def chosen(name: str) -> list[dict]:
         """A method's results, of other times too, at the learning rate that is best on the seed that has most."""
         done = []
-        for file in sorted(results.glob(f"{name}_lr*_seed*.json")):
+        for file in sorted(results.glob(RESULT.format(name=name))):
             found = _read(file)
             of = found["run"]
             # The name of a method may begin with another's.
@@ -321,12 +355,7 @@ def benchmark(args: BenchmarkArguments) -> str:
                 check_settings(prepared(name, of["learning_rate"], of["seed"]), found, file)
                 check_reference(found, retain_result, file)
                 done.append(found)
-        if not done:
-            return []
-        rates = Counter(one["run"]["seed"] for one in done)
-        most = max(sorted(rates), key=rates.get)
-        best = best_learning_rate([one for one in done if one["run"]["seed"] == most], utility)
-        return [one for one in done if one["run"]["learning_rate"] == best]
+        return at_best_learning_rate(done, utility) if done else []
 
     # Results that do not belong here end it now, too.
     for name in args.methods:

@@ -9,7 +9,7 @@ import pandas as pd
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rfa_llm.adapters import base_revision, on_its_base, read_adapter
+from rfa_llm.adapters import base_revision, check_whole_model, on_its_base, read_adapter
 from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets
@@ -81,6 +81,7 @@ def score(args: EvaluateArguments) -> dict:
     """
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    check_whole_model(args.model_name_or_path, "model_name_or_path")
     if Path(args.output_file).is_dir():
         raise ValueError(f"output_file: {args.output_file!r} is a folder; give the name of a file.")
     check_sizes(args.batch_size, args.max_new_tokens)

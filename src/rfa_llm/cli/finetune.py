@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
-from peft.utils import CONFIG_NAME
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +18,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
+from rfa_llm.adapters import check_whole_model
 from rfa_llm.blocks import num_blocks, placed
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
@@ -135,11 +134,7 @@ def main(argv: list[str]) -> None:
     data_args, training_args, model_args = read_settings(dataclasses, "finetune", argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
-    if (Path(model_args.model_name_or_path) / CONFIG_NAME).exists():
-        raise ValueError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} is an adapter; merge it into its base "
-            "(`rfa-llm merge`) and pass the merged model."
-        )
+    check_whole_model(model_args.model_name_or_path, "model_name_or_path")
     dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     source = {"revision": model_args.model_revision}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 
 import yaml
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from rfa_llm import __version__
 from rfa_llm.cli.launch import launch
@@ -26,6 +28,13 @@ COMMANDS = {
     "demo": "see it work on a small model of made-up authors, or on a model of your own",
 }
 
+# What bad input ends in: our own sentences, and those of the libraries that read it (broken weights, a chat template
+# that refuses its turns).
+BAD_INPUT = (
+    *(ValueError, TypeError, OSError, ImportError, FloatingPointError),
+    *(yaml.YAMLError, SafetensorError, TemplateError),
+)
+
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a subcommand's `main`; bad input, or Ctrl-C, ends it with one sentence and exit code 1, `--debug` with the
@@ -37,7 +46,7 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> None:
     debug = "--debug" in argv
     try:
         command([argument for argument in argv if argument != "--debug"])
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, yaml.YAMLError) as error:
+    except BAD_INPUT as error:
         if debug:
             raise
         sys.exit(f"rfa-llm: error: {error}")

@@ -364,7 +364,8 @@ def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTo
 
 
 def _until_end_token(answer_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """An answer without what follows the token that ends its turn, such as one that ends the conversation."""
+    """An answer without what follows the token that ends its turn, such as one that ends the conversation; with the
+    end of sequence where the template ends no turn."""
 
     def is_blank(index: int, skip_special_tokens: bool) -> bool:
         return not tokenizer.decode([answer_ids[index]], skip_special_tokens=skip_special_tokens).strip()
@@ -373,4 +374,4 @@ def _until_end_token(answer_ids: list[int], tokenizer: PreTrainedTokenizerBase) 
     while begin and is_blank(begin - 1, skip_special_tokens=True):
         begin -= 1
     ends = [index for index in range(begin, len(answer_ids)) if not is_blank(index, skip_special_tokens=False)]
-    return answer_ids[: ends[0] + 1] if ends else answer_ids
+    return answer_ids[: ends[0] + 1] if ends else [*answer_ids, tokenizer.eos_token_id]

@@ -229,8 +229,9 @@ def greedy_answers(
 ) -> list[str]:
     """The model's greedy answer to each row's prompt.
 
-    An answer ends at the tokenizer's end-of-sequence token, at one of the model's generation_config, or after
-    `max_new_tokens`. The generation_config's other settings (sampling, beams, penalties, length) are left aside.
+    An answer ends at the token that closes the rows' answers, at the tokenizer's end of sequence, at one of the
+    model's generation_config, or after `max_new_tokens`. The generation_config's other settings (sampling, beams,
+    penalties, length) are left aside.
 
     Args:
         model: a causal language model, with or without an adapter; run in evaluation mode and left as it was.
@@ -249,13 +250,18 @@ def greedy_answers(
     """
     encoded = [encode(row, tokenizer) for row in rows]
     prompts = [row["input_ids"][: row["answer_start"]] for row in encoded]
+    # A template may close answers with another token than the end of sequence, and a chat model's generation_config
+    # may list more than one.
+    model_ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
+    ends |= {row["input_ids"][-1] for row in encoded}
     # By the length of the true answer, the best guess of the generated one's: a batch shrinks all at once.
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) - len(encoded[i]["input_ids"]))
     answers = [""] * len(rows)
     with _evaluating(model), tqdm(total=len(rows), desc=desc, delay=2) as progress:
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]
-            batch = _batch_answers(model, tokenizer, [prompts[i] for i in indices], max_new_tokens)
+            batch = _batch_answers(model, [prompts[i] for i in indices], ends, max_new_tokens)
             for index, ids in zip(indices, batch, strict=True):
                 answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
             progress.update(len(indices))
@@ -263,12 +269,10 @@ def greedy_answers(
 
 
 def _batch_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of the greedy answers. `generate` would run every row until the last one ends."""
-    # A chat model's generation_config may list its end-of-turn token beside the end of sequence.
-    model_ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
+    """Token ids of the greedy answers, up to the first of the tokens `ends`. `generate` would run every row until the
+    last one ends."""
     ends = torch.tensor(sorted(ends), device=model.device)
     # Models of relative positions (ALiBi) read them from the mask, and take none.
     base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -6,8 +6,10 @@ but for the fluency ones, which it does not have.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import numpy as np
@@ -105,7 +107,7 @@ def evaluate_tofu(
     Raises:
         ValueError: a set or a column is missing, also the holdout set where `gradient_norm` needs it, a set or its
             wrong answers are empty, holdout rows are in the forget or the retain set, `retain_log` is of another
-            forget set or another number of holdout rows, a number is below 1, or the tokenizer has no end token.
+            forget set or other holdout rows, a number is below 1, or the tokenizer has no end token.
     """
     check_sizes(batch_size, max_new_tokens)
     check_tokenizer(tokenizer)
@@ -230,7 +232,7 @@ def check_questions(
             "retain-only model on the same forget set."
         )
     if "holdout" in sets:
-        _check_attacks(retain_log, {half: len(sets[half]) for half in ("forget", "holdout")})
+        _check_attacks(retain_log, sets)
     return retain_log
 
 
@@ -252,16 +254,24 @@ def _check_holdout(sets: Mapping[str, Dataset]) -> None:
             )
 
 
-def _check_attacks(retain_log: dict, counts: dict[str, int]) -> None:
+def _check_attacks(retain_log: dict, sets: Mapping[str, Dataset]) -> None:
     """Check that the retain log's attacks, where it has them, can be compared with."""
     if "mia_loss" in retain_log:
-        for half, count in counts.items():
-            found = len(read_attack_scores(retain_log, "mia_loss", half))
+        for half in ("forget", "holdout"):
+            found, count = len(read_attack_scores(retain_log, "mia_loss", half)), len(sets[half])
             if found != count:
                 raise ValueError(
                     f"retain_log has {found} {half} rows under mia_loss, but there are {count}; give the log of a "
                     "retain-only model on the same sets."
                 )
+    for attack in ("mia_loss", "mia_min_k"):
+        # Logs of others have no digest.
+        found = retain_log.get(attack, {}).get("holdout_digest")
+        if found is not None and found != _holdout_digest(_pairs(sets["holdout"])):
+            raise ValueError(
+                f"retain_log has {attack} against other holdout rows; give the log of a retain-only model with the "
+                "same holdout_dataset."
+            )
     auc = retain_log.get("mia_min_k", {"agg_value": 0.5})["agg_value"]
     if auc is None or not 0 <= auc < 1:
         raise ValueError(
@@ -363,8 +373,13 @@ def _rouge(
     return log
 
 
-def _pairs(rows: list[dict]) -> list[dict]:
+def _pairs(rows: Iterable[dict]) -> list[dict]:
     return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+def _holdout_digest(pairs: list[dict]) -> str:
+    """A name for the rows that attacks are held against, so that no others are compared with."""
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def _memorisation(scores: list[AnswerScore]) -> dict[str, dict]:
@@ -440,6 +455,7 @@ def _membership(
     log = {
         attack: {
             "agg_value": memorisation.membership_auc(values["forget"], values["holdout"]),
+            "holdout_digest": _holdout_digest(holdout_rows),
             **{
                 half: _metric(float(np.mean(values[half])), [{"score": value} for value in values[half]])
                 for half in halves

@@ -28,7 +28,9 @@ METHODS = {
 class RivalConfig(UnlearningConfig):
     r"""Settings of the trainers in `rfa_llm.rivals`; each method reads its own.
 
-    Rows, adapter and batches have RFA's defaults, but for `retain_tokens`: the methods are defined on answers.
+    Rows, adapter and batches have RFA's defaults, but for `retain_tokens`: most of the methods are defined on answers.
+    OpenUnlearning's KL term counts every position of retain rows (`retain_tokens="all"`), and the circuit breakers'
+    authors every position of both sets (`forget_tokens="all"` too).
 
     Parameters:
         method (`str`, defaults to `"npo"`): One of `METHODS`; the formulas are in `rfa_llm.rivals.losses`.

@@ -418,7 +418,8 @@ class CircuitBreakerTrainer(_FeatureTrainer):
     """`L = c_s·mean ReLU(cos(h, h⁰))(forget) + c_r·mean ‖h − h⁰‖(retain)`, c_s falling and c_r rising.
 
     Representation rerouting (arXiv 2406.04313; `losses.reroute`, `losses.keep`). Forget rows are rerouted at the
-    chosen blocks, retain rows kept at every block up to the last of them, as in the authors' code.
+    chosen blocks, retain rows kept at every block up to the last of them, as in the authors' code, which counts the
+    prompts' positions too (`RivalConfig`).
     """
 
     method = "circuit_breaker"
