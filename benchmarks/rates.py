@@ -38,6 +38,7 @@ METHODS = {
     "idk_nll": "IdkNLL",
     "idk_dpo": "IdkDPO",
     "rmu": "RMU",
+    "rmu_steering_130": "RMU, steering coefficient 130",
     "undial": "UNDIAL",
     "circuit_breaker": "circuit breakers",
     "circuit_breaker_weight_100": "circuit breakers, forget weight 100",
