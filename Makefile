@@ -30,7 +30,8 @@ test-slow: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
 
-# torch goes first and pinned: on a machine without a GPU, a resolver left alone may pull gigabytes of CUDA.
+# torch goes first: it is the largest, and the rest is resolved around it. PyPI's comes with CUDA, gigabytes of it;
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the build for CPUs.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -28,6 +28,7 @@ class HubServer(ThreadingHTTPServer):
     private: The repositories that nobody else may see.
     blobs: sha256 -> content that was uploaded by LFS.
     faults: HTTP method or part of a path -> how many more of such requests lose their connection.
+    silences: Part of a path -> how many more POSTs to it are carried out and not answered.
     refusals: Part of a path -> the status that POSTs to it get.
     requests: "METHOD path" of each request that came.
     messages: Summary and description of each commit.
@@ -41,6 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, int] = {}
+        self.silences: dict[str, int] = {}
         self.refusals: dict[str, int] = {}
         self.requests: list[str] = []
         self.messages: list[str] = []
@@ -89,6 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(
         self, status: int, content=b"", headers: dict[str, str] | None = None, error: str | None = None
     ) -> None:
+        silence = next((name for name, left in self.server.silences.items() if left and name in self.line), None)
+        if silence is not None:
+            self.server.silences[silence] -= 1
+            self.close_connection = True
+            raise ConnectionAbortedError
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
             headers = {"Content-Type": "application/json", **(headers or {})}
@@ -235,6 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines[1:]:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                files.pop(line["value"]["path"])
             elif line["key"] == "lfsFile" and line["value"]["oid"] in self.server.blobs:
                 files[line["value"]["path"]] = self.server.blobs[line["value"]["oid"]]
             else:

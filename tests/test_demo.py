@@ -96,6 +96,14 @@ def test_a_model_of_ones_own_forgets_without_any_training_of_models(finished, tm
     retain_only = json.loads((finished / "results.json").read_text())["summaries"]["retain-only"]
     assert results["summaries"]["retain-only"] == pytest.approx(retain_only)
     assert "forget_quality" in results["summaries"]["unlearned"]
+    # What is mistyped costs nothing of it.
+    salt = (tmp_path / "adapter" / "_forget_salt.txt").read_text()
+    with pytest.raises(ValueError, match="^model: 'typo'"):
+        run_demo(*words[:2], "--model", "typo", *words[4:], "--overwrite_output_dir", "true")
+    assert (tmp_path / "adapter" / "_forget_salt.txt").read_text() == salt and (tmp_path / "results.json").exists()
+    # Without one to compare with, no figures of the one before are left.
+    run_demo(*words, "--overwrite_output_dir", "true")
+    assert not (tmp_path / "retain-only.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     words = ("publish", str(adapter), "me/adapter", *PUBLISH)
     error = last_line(rfa_llm(hub, tmp_path, *words))
     assert error.startswith("rfa-llm: error: repo_id: the upload to 'me/adapter' did not come through (")
-    assert error.endswith("no file was changed there, so run the same command again.")
+    assert error.endswith("or its answer did not; all files are there, or none, so run the same command again.")
     assert set(hub.repos["me/adapter"][-1]) == {".gitattributes"}
 
     result = rfa_llm(hub, tmp_path, *words)
@@ -249,6 +249,45 @@ def test_a_connection_lost_for_good_leaves_nothing_and_the_same_command_mends_it
     assert set(hub.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
     # The weights had arrived, and did not travel again.
     assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
+
+
+def test_an_answer_that_is_lost_is_not_said_to_have_changed_nothing(online, adapter):
+    online.silences["/commit/"] = 1
+    with pytest.raises(
+        ConnectionError, match=r"did not come through \(.*\), or its answer did not; all files are there"
+    ):
+        publish(adapter, "me/adapter", WORDS, token=TOKEN)
+    assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes"}
+
+
+def test_a_repository_that_is_there_may_be_public_or_a_models(online, adapter):
+    publish(adapter, "me/adapter", WORDS, token=TOKEN)
+    with pytest.raises(ValueError, match="^private: 'me/adapter' is there already and public; make it private on"):
+        publish(adapter, "me/adapter", WORDS, token=TOKEN, private=True)
+    with pytest.raises(ValueError, match="^repo_id: 'Me/Base' is the base's own repository; give the adapter another"):
+        publish(adapter, "Me/Base", WORDS, token=TOKEN)
+    online.repos["me/model"] = [{"config.json": b"{}", "model.safetensors": b""}]
+    with pytest.raises(ValueError, match="^repo_id: 'me/model' holds a whole model; give the adapter a repository of"):
+        publish(adapter, "me/model", WORDS, token=TOKEN)
+    assert len(online.repos["me/adapter"]) == 2 and len(online.repos["me/model"]) == 1
+    # One that is private stays so.
+    online.private.add("me/adapter")
+    publish(adapter, "me/adapter", WORDS, token=TOKEN, private=True)
+
+
+def test_files_of_another_tokenizer_go(online, adapter):
+    publish(adapter, "me/adapter", WORDS, token=TOKEN)
+    left = {"special_tokens_map.json": b"{}", "additional_chat_templates/tools.jinja": b"", "notes.txt": b"mine"}
+    online.repos["me/adapter"][-1].update(left)
+    publish(adapter, "me/adapter", WORDS, token=TOKEN)
+    assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes", "notes.txt"}
+
+
+def test_the_trainer_does_not_begin_where_its_repository_is_public(online, make_trainer, saved_llama):
+    online.repos["me/adapter"] = [{}]
+    asked = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": TOKEN, "hub_private_repo": True}
+    with pytest.raises(ValueError, match="^private: 'me/adapter' is there already and public"):
+        make_trainer({**asked, "forgotten": SAID, "hub_base_model": "me/base"}, model=saved_llama)
 
 
 def test_what_the_hub_would_refuse_is_refused_before_there_is_a_repository(online, adapter):
@@ -413,8 +452,17 @@ def test_an_adapter_that_its_receipt_is_not_of_stays_here(adapter, tmp_path):
 
 def test_a_figure_that_is_nan_is_refused(tmp_path):
     words = Words(forgotten=SAID, base_model="me/base", evaluations={"after": {"privleak": float("nan")}})
-    with pytest.raises(ValueError, match="^evaluations: privleak is nan; give a number, or leave it out"):
+    with pytest.raises(ValueError, match="^evaluations: privleak is nan; give a finite number, or leave it out"):
         publish(tmp_path, "me/adapter", words)
+    words.evaluations["after"]["privleak"] = float("inf")
+    with pytest.raises(ValueError, match="^evaluations: privleak is inf; give a finite number, or leave it out"):
+        publish(tmp_path, "me/adapter", words)
+
+
+@pytest.mark.parametrize("said", ["| a | table |", "rows <table>"])
+def test_words_that_could_pass_for_a_table_are_refused(said, tmp_path):
+    with pytest.raises(ValueError, match="^forgotten: .* has a '|' or a '<' in it; say it in plain words"):
+        publish(tmp_path, "me/adapter", Words(forgotten=said, base_model="me/base"))
 
 
 def response(status: int) -> SimpleNamespace:
@@ -428,6 +476,11 @@ def response(status: int) -> SimpleNamespace:
         (HfHubHTTPError("413", response=response(413)), ValueError, "^repo_id: the Hub refuses the upload .*413"),
         (HfHubHTTPError("403", response=response(403)), PermissionError, "^token: the Hub refuses .*403"),
         (HfHubHTTPError("502", response=response(502)), ConnectionError, "so run the same command again"),
+        # As hf_xet raises them.
+        (ConnectionError("Network error: 401"), ConnectionError, "^repo_id: the upload to .*Network error: 401"),
+        (PermissionError("no such token"), PermissionError, r"^token: the Hub refuses .* \(no such token\); log in"),
+        # A file of one's own that cannot be read.
+        (PermissionError(13, "Permission denied"), PermissionError, "^.Errno 13. Permission denied$"),
     ],
 )
 def test_what_the_hub_refuses_is_told_from_what_went_wrong(refusal, kind, sentence):
@@ -439,6 +492,11 @@ def test_private_text_is_found_whatever_its_case_and_breaks():
     row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada  von\nTester"}]}
     with pytest.raises(ValueError, match="^forgotten: text of row 1 of the forget set is in card"):
         check_private({"other": b"x", "card": b"of ADA VON TESTER."}, [{"text": "short"}, row])
+    # JSON writes some of it as codes.
+    said = {"text": 'He said "Æbletoft" twice'}
+    for name, content in (("card", said["text"]), ("config.json", json.dumps({"chat": [said["text"]]}))):
+        with pytest.raises(ValueError, match=f"^forgotten: text of row 0 of the forget set is in {name}"):
+            check_private({name: content.encode()}, [said])
     # Of other words, or too short to tell anything.
     check_private({"card": b"Who? short"}, [{"text": "short"}, row])
 
@@ -528,6 +586,12 @@ def test_names_are_refused_wherever_the_publisher_may_say_them(adapter):
             ValueError, match=f"^{field}: it shares a name, a title or a date with row 0 of the forget"
         ):
             publish(adapter, words=Words(forgotten=SAID, **words), forget_rows=[NAMED], **given)
+    config, receipt = read_adapter_config(adapter), read_receipt(adapter)
+    receipt["base_model"]["revision"] = config["revision"] = "without-ada-vilnor-sehl"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / RECEIPT_NAME).write_text(as_text(sealed(receipt)))
+    with pytest.raises(ValueError, match="^base_model's revision: it shares a name, a title or a date with row 0"):
+        publish(adapter, "me/adapter", Words(forgotten=SAID, base_model="me/base"), forget_rows=[NAMED])
 
 
 def test_datasets_as_text_are_refused():
@@ -579,7 +643,11 @@ def test_a_base_by_its_id_or_as_the_publisher_names_it(saved_llama, tmp_path, mo
     with pytest.raises(ValueError, match="is no Hub id"):
         base_on_hub(None, folder)
     assert base_on_hub(folder, None) == folder
-    for bad in ("", "a/b/c", str(tmp_path)):
+    # It need not be there any more: then the receipt has its own name alone, and one without an owner may be either.
+    with pytest.raises(ValueError, match="is no Hub id"):
+        base_on_hub(None, "runs/target", "target")
+    assert base_on_hub(None, "me/base", "me/base") == "me/base"
+    for bad in ("", "a/b/c", str(tmp_path), "target"):
         with pytest.raises(ValueError, match="^base_model: .* is no Hub id"):
             base_on_hub(None, bad)
 
@@ -589,10 +657,13 @@ def test_the_card_of_a_quantized_base_and_of_a_revision_says_so(adapter):
     plain = str(model_card(receipt, WORDS, "me/adapter", config))
     assert "quantized" not in plain and "revision=" not in plain
     assert "me/adapter --sample_dataset" in plain and "--dtype float32" in plain
-    receipt["base_model"] |= {"quantization": {"load_in_4bit": True}, "revision": "v2"}
-    card = str(model_card(receipt, WORDS, "me/adapter", config))
     # Merged onto other weights than those of its training it would forget less.
-    assert "me/adapter --load_in_4bit --base_dtype float32 --sample_dataset" in card and "vllm serve" not in card
+    for type, nested, flags in (("nf4", True, ""), ("fp4", False, " --no_use_bnb_nested_quant")):
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": type, "bnb_4bit_use_double_quant": nested}
+        receipt["base_model"] |= {"quantization": bits, "revision": "v2"}
+        card = str(model_card(receipt, WORDS, "me/adapter", config))
+        flags = f"--load_in_4bit --bnb_4bit_quant_type {type}{flags} --base_dtype float32"
+        assert f"me/adapter {flags} --sample_dataset" in card and "vllm serve" not in card
     assert "load the base with the `quantization`" in card and 'from_pretrained(base, revision="v2", dtype=' in card
     # Nothing is invented where nothing was measured.
     assert "model-index" not in card
@@ -608,7 +679,7 @@ def test_numbers_of_other_libraries_are_published_as_plain_ones(adapter):
     assert data["datasets"] == ["me/authors"]
     shown = {one["type"]: one["value"] for result in index["results"] for one in result["metrics"]}
     assert published == shown == {"forget_prob": 0.125, "model_utility": 0.5}
-    with pytest.raises(ValueError, match="^evaluations: forget_quality is None; give a number, or leave it out"):
+    with pytest.raises(ValueError, match="^evaluations: forget_quality is None; give a finite number, or leave"):
         files_to_publish(
             adapter, "me/adapter", Words(SAID, "me/base", evaluations={"after": {"forget_quality": None}})
         )

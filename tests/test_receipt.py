@@ -141,6 +141,21 @@ def test_what_a_training_went_on_from_is_said(make_trainer, tmp_path):
     assert said(resumed, "resumed") == (2, True)
 
 
+def test_a_run_that_goes_on_in_its_folder_keeps_the_salt(make_trainer, tmp_path):
+    # Rows of a receipt that was published are proved by it.
+    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(config)
+    trainer.train()
+    trainer.save_model()
+    salt = read_salt(tmp_path / "adapter" / SALT_NAME)
+    resumed = make_trainer({**config, "resume_from_checkpoint": "true"})
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model()
+    assert read_salt(tmp_path / "adapter" / SALT_NAME) == salt
+    make_trainer({**config, "overwrite_output_dir": True}).save_model()
+    assert read_salt(tmp_path / "adapter" / SALT_NAME) != salt
+
+
 def test_a_receipt_says_what_the_launch_and_the_caller_chose(make_trainer, saved_llama, tmp_path, monkeypatch):
     # What an earlier test chose would stand.
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})

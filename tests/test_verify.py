@@ -311,6 +311,10 @@ def test_figures_that_are_missing_or_that_nothing_measures(change, found, adapte
         # A row of one cell, in Markdown.
         (r"(\| retain answer loss .*\n)", r"\1forget quality after: 0.99\n"),
         (r"\n## Limits", "\n | forget quality |\n | --- |\n | 0.99 |\n\n## Limits"),
+        # In a quote, without bars at the ends, in HTML.
+        (r"\n## Limits", "\n> | forget quality |\n> | --- |\n> | 0.99 |\n\n## Limits"),
+        (r"\n## Limits", "\nforget quality | after\n--- | ---\n0.99 | 1\n\n## Limits"),
+        (r"\n## Limits", "\n<TABLE><tr><td>forget quality</td><td>0.99</td></tr></TABLE>\n\n## Limits"),
         (r"\| learning_rate \| .* \|", "| learning_rate | 1.0 |"),
         (r"\| seed \| 42 \|\n", ""),
     ],
@@ -509,6 +513,10 @@ def test_a_base_that_does_not_load_is_told_by_its_name(adapter, saved_llama, tmp
     checks = verified(adapter, **given)
     assert checks.loc[~checks["passed"], "check"].tolist() == ["base's weights"]
     assert unmeasured(checks) == dict.fromkeys(FIGURES, "not measured: the base does not load")
+    # Weights of other sizes than the configuration says.
+    tiny_llama().save_pretrained(saved_llama)
+    set_json(Path(saved_llama) / "config.json", vocab_size=7)
+    assert failed(adapter, **given) == ["base's weights"]
     tiny_llama().save_pretrained(saved_llama)
     assert failed(adapter, **given) == []
     forge(adapter, lambda receipt: receipt["base_model"].update(dtype="float1"))
@@ -520,6 +528,14 @@ def test_a_card_whose_front_matter_is_broken_has_no_figures(adapter):
     card = (adapter / "README.md").read_text()
     assert has_figures_of(card, receipt)
     assert not has_figures_of(card.replace("---\n", "---\n{\n", 1), receipt)
+    assert not has_figures_of(card.replace("---\n", "---\nmodel-index:\n- name: a\n  results: text\n", 1), receipt)
+    # Nor has one of another base, or where a figure is too large to be printed.
+    named = {**receipt, "base_model": {**receipt["base_model"], "name": "me/base"}}
+    base = re.search(r"base_model: (.*)\n", card)[1]
+    assert not has_figures_of(card, named)
+    assert has_figures_of(card.replace(f"base_model: {base}\n", "base_model: me/base\n"), named)
+    receipt["metrics"]["after"]["forget_answer_loss"] = 10**400
+    assert not has_figures_of(card, receipt)
 
 
 def test_an_evaluation_is_held_against_the_published_one(adapter, tmp_path):

@@ -71,23 +71,29 @@ def model_card(receipt: dict, words: Words, name: str, adapter: dict) -> ModelCa
 def has_figures_of(card: str, receipt: dict) -> bool:
     """Whether a card's tables and its front matter say what the receipt says, and no more."""
     try:
-        results = ModelCard(card).data.eval_results or []
-    except (ValueError, TypeError, yaml.YAMLError):
+        data = ModelCard(card).data
+        figures = _figures(receipt)
+    # Front matter of another shape, and figures too large to print.
+    except (ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError):
         return False
+    results = data.eval_results or []
     shown = {result.metric_type: result.metric_value for result in results}
-    figures = _figures(receipt)
+    base = receipt["base_model"]["name"]
     return (
         # A row may stand below a table without a line of its own.
         f"\n## Figures\n\n{figures}\n\n## How to load it\n" in card
-        and _rows(card) == _rows(f"{figures}\n{_settings(receipt)}")
+        and _tables(card) == _tables(f"{figures}\n{_settings(receipt)}")
         and len(results) == len(shown)
         and shown == _evaluations(receipt).get("after", {})
+        # A folder has another name on the Hub.
+        and ("/" not in base or data.base_model == base)
     )
 
 
-def _rows(text: str) -> list[str]:
-    """The lines of the tables of a Markdown text."""
-    return [line for line in text.splitlines() if line.lstrip().startswith("|")]
+def _tables(text: str) -> list[str]:
+    """The lines of a Markdown text that are of a table, also of one in a quote, without a bar at its beginning, or in
+    HTML."""
+    return [line for line in text.splitlines() if "|" in line or "<t" in line.lower()]
 
 
 def _evaluations(receipt: dict) -> dict[str, dict[str, float]]:
@@ -181,8 +187,12 @@ request: `rfa-llm verify`.
 def _bits(receipt: dict) -> str:
     """The words of `rfa-llm merge` for a base that bitsandbytes quantizes as it is loaded."""
     quantization = receipt["base_model"]["quantization"] or {}
-    flags = [f"--{name} " for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
-    return "".join([*flags, f"--base_dtype {receipt['base_model']['dtype']} "] if flags else [])
+    flags = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
+    if quantization.get("load_in_4bit"):
+        # The command's own defaults are not bitsandbytes'.
+        flags.append(f"--bnb_4bit_quant_type {quantization['bnb_4bit_quant_type']}")
+        flags += [] if quantization["bnb_4bit_use_double_quant"] else ["--no_use_bnb_nested_quant"]
+    return " ".join([*flags, f"--base_dtype {receipt['base_model']['dtype']} "] if flags else [])
 
 
 def _vllm(receipt: dict, words: Words, name: str, adapter: dict) -> str:

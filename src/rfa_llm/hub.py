@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from rfa_llm.card import Words, model_card
 from rfa_llm.data.formats import texts
@@ -25,6 +26,7 @@ from rfa_llm.receipt import (
     VOCABULARY_FILES,
     adapter_digests,
     as_text,
+    is_tokenizer_file,
     read_adapter_config,
     read_receipt,
     read_salt,
@@ -41,20 +43,23 @@ _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_START = re.compile(r"""(^|[.!?:\n])[\s"'“”‘’«»()*-]*$""")
 
 
-def base_on_hub(named: str | None, own: str | None) -> str:
+def base_on_hub(named: str | None, own: str | None, in_receipt: str | None = None) -> str:
     """The Hub id of an adapter's base.
 
     Args:
         named: What the publisher calls it, if at all.
         own: What the adapter calls it.
+        in_receipt: What the receipt calls it, if there is one: of a folder, which need not be there any more, it has
+            the own name alone.
 
     Raises:
-        ValueError: That is a folder, or no Hub id.
+        ValueError: That is a folder, or no Hub id; or a name without an owner, which a folder may have too.
     """
     base_model = named or own or ""
     try:
         validate_repo_id(base_model)
-        found = bool(named) or not Path(base_model).exists()
+        may_be_folder = "/" not in base_model or Path(base_model).exists() or in_receipt not in (None, base_model)
+        found = bool(named) or not may_be_folder
     except ValueError:
         found = False
     if not found:
@@ -69,7 +74,7 @@ def check_words(words: Words) -> None:
     """Check that a card can be published with these words.
 
     Raises:
-        ValueError: What was forgotten is not said, or a figure is no number.
+        ValueError: What was forgotten is not said, or not in plain words, or a figure is no number.
         TypeError: The datasets are text.
     """
     if isinstance(words.datasets, str):
@@ -80,6 +85,9 @@ def check_words(words: Words) -> None:
             "forgotten: nothing is said; say in your own words what was forgotten, without a row or a name of the "
             "forget set."
         )
+    if set(words.forgotten) & set("|<"):
+        # `has_figures_of` tells the receipt's tables from others by these.
+        raise ValueError(f"forgotten: {words.forgotten!r} has a '|' or a '<' in it; say it in plain words.")
     for figures in words.evaluations.values():
         for metric, value in figures.items():
             _number(metric, value)
@@ -93,7 +101,7 @@ def files_to_publish(folder: str | Path, repo_id: str, words: Words) -> dict[str
 
     Raises:
         ValueError: The folder holds no adapter with a receipt, or an adapter that its receipt is not of; or a figure
-            is no number, or NaN, which nobody can measure again.
+            is no number, or not finite, which JSON has no word for.
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
@@ -129,8 +137,8 @@ def _number(metric: str, value: object) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if math.isnan(number):
-        raise ValueError(f"evaluations: {metric} is {value!r}; give a number, or leave it out.")
+    if not math.isfinite(number):
+        raise ValueError(f"evaluations: {metric} is {value!r}; give a finite number, or leave it out.")
     return number
 
 
@@ -146,7 +154,7 @@ def check_private(files: dict[str, bytes | Path], rows: Iterable[dict]) -> None:
     """
     contents = {name: _header(file) if isinstance(file, Path) else file for name, file in files.items()}
     # Case and line breaks do not make another text of it.
-    contents = {name: _flat(content.decode("utf-8", errors="ignore")) for name, content in contents.items()}
+    contents = {name: _flat(_read_as(content)) for name, content in contents.items()}
     for number, text in _texts(rows):
         for name, content in contents.items():
             if len(text.strip()) >= SHORTEST_PRIVATE and _flat(text) in content:
@@ -253,6 +261,25 @@ def _header(weights: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
+def _read_as(content: bytes) -> str:
+    """The text of a file, and of JSON also each string as a reader has it: JSON writes some characters as codes."""
+    text = content.decode("utf-8", errors="ignore")
+    try:
+        values = [json.loads(text)]
+    except ValueError:
+        return text
+    strings = []
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, str):
+            strings.append(value)
+    return "\n".join([text, *strings])
+
+
 def _plain(text: str) -> str:
     """Text in Unicode's form NFKC, without characters of category Cf, such as a zero-width space."""
     return unicodedata.normalize("NFKC", "".join(sign for sign in text if unicodedata.category(sign) != "Cf"))
@@ -288,7 +315,7 @@ def publish(
         forget_rows: If given, it is checked that none of their text goes up (`check_private`), and that what the
             publisher says, and what the receipt says of the run, shares no name with them (`check_said`). They must
             be the rows that were forgotten, which the salt in the folder tells, where it is there.
-        private: Whether a repository that is made is private.
+        private: Whether a repository that is made is private; one that is there must be, where it is true.
         token: Of the Hub; by default the one of `hf auth login`.
         revision: The branch; by default main.
         commit_message: Of the commit.
@@ -298,7 +325,8 @@ def publish(
         ValueError: Bad input, or what the Hub refuses of it; no file has gone up, and of bad input no repository was
             made.
         PermissionError: The Hub refuses the token, or there is no such repository for it.
-        ConnectionError: The connection was lost; no file has changed, and the same call may be made again.
+        ConnectionError: The connection was lost; whether the commit has arrived is not known, and the same call may be
+            made again.
 
     Where not `blocking`, what goes wrong in the upload itself is raised by the future's `result`.
     """
@@ -312,6 +340,8 @@ def publish(
         raise ValueError(
             f"repo_id: {repo_id!r} is no Hub id; give it as OWNER/NAME, in letters, digits, '-', '_' and '.'."
         ) from error
+    if repo_id.casefold() == words.base_model.casefold():
+        raise ValueError(f"repo_id: {repo_id!r} is the base's own repository; give the adapter another.")
     files = files_to_publish(folder, repo_id, words)
     # A vocabulary has words of any text.
     searched = {name: file for name, file in files.items() if name not in VOCABULARY_FILES}
@@ -321,6 +351,7 @@ def publish(
     evaluations = [*words.evaluations, *(metric for column in words.evaluations.values() for metric in column)]
     said |= {"base_model": words.base_model, "evaluations": " ".join(evaluations)}
     receipt = read_receipt(folder)
+    said |= {"base_model's revision": receipt["base_model"]["revision"] or ""}
     check_said({**text_settings(receipt["settings"]), **said}, forget_rows)
     salt = Path(folder) / SALT_NAME
     # Without it nobody can tell which rows were asked for.
@@ -331,7 +362,11 @@ def publish(
         _check_on_hub(api, repo_id, files[CARD_NAME].decode(), revision)
         is_new = not api.repo_exists(repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        there = check_repository(api, repo_id, private, revision)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    # What is left of another tokenizer would be loaded with this one.
+    stale = [name for name in there if is_tokenizer_file(name) and name not in files]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
 
     def commit() -> CommitInfo:
         with hub_sentences(repo_id, is_new):
@@ -349,6 +384,27 @@ def _check_request(receipt: dict, rows: list[dict], salt: str) -> None:
             f"forget_dataset: {missing} of the {len(asked)} rows that were forgotten are not in it; give the set of "
             "the training, in its format and columns."
         )
+
+
+def check_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> list[str]:
+    """Check that a repository that is there may take an adapter.
+
+    Returns:
+        The names of its files.
+
+    Raises:
+        ValueError: It is public and should be private, or it holds a whole model.
+    """
+    info = api.repo_info(repo_id, revision=revision)
+    if private and not info.private:
+        raise ValueError(
+            f"private: {repo_id!r} is there already and public; make it private on the Hub first, or give another "
+            "name."
+        )
+    names = [file.rfilename for file in info.siblings]
+    if MODEL_CONFIG_NAME in names:
+        raise ValueError(f"repo_id: {repo_id!r} holds a whole model; give the adapter a repository of its own.")
+    return names
 
 
 def _check_on_hub(api: HfApi, repo_id: str, card: str, revision: str | None) -> None:
@@ -381,8 +437,11 @@ def hub_sentences(repo_id: str, is_new: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (HTTPError, RuntimeError) as error:
-        # Uploads of large files wrap what went wrong.
+    except (HTTPError, RuntimeError, PermissionError, ConnectionError) as error:
+        if isinstance(error, PermissionError) and error.errno is not None:
+            # A file of this machine's.
+            raise
+        # Uploads of large files wrap what went wrong; by Xet they raise Python's own errors.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
         left = "; the repository that was made for it is left there, empty" if is_new else ""
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
@@ -397,7 +456,12 @@ def hub_sentences(repo_id: str, is_new: bool = False) -> Iterator[None]:
                 f"login`, or set HF_TOKEN to a token with write access there{left}."
             ) from error
         what = str(cause).strip().splitlines() or [type(cause).__name__]
+        if isinstance(cause, PermissionError):
+            raise PermissionError(
+                f"token: the Hub refuses to let it write to {repo_id!r} ({what[0].strip()}); log in with `hf auth "
+                f"login`, or set HF_TOKEN to a token with write access there{left}."
+            ) from error
         raise ConnectionError(
-            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}); no file was changed there, "
-            "so run the same command again."
+            f"repo_id: the upload to {repo_id!r} did not come through ({what[0].strip()}), or its answer did not; all "
+            "files are there, or none, so run the same command again."
         ) from error

@@ -82,6 +82,8 @@ VOCABULARY_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "tekken.json",
+    "emoji.json",
 )
 # What a tokenizer's `save_pretrained` writes, each where there is something to write; beside them it has a folder for
 # further chat templates.
@@ -258,6 +260,11 @@ def adapter_digests(folder: str | os.PathLike) -> dict[str, str]:
     config = {name: value for name, value in read_adapter_config(folder).items() if name not in place}
     text = json.dumps(config, sort_keys=True)
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file beside an adapter, named as in its folder, is its tokenizer's."""
+    return name in TOKENIZER_FILES or (name.startswith(f"{CHAT_TEMPLATE_DIR}/") and name.endswith(".jinja"))
 
 
 def tokenizer_digests(folder: str | os.PathLike) -> dict[str, str]:

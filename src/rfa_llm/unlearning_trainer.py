@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -47,6 +47,7 @@ from rfa_llm.hub import (
     CARD_NAME,
     base_on_hub,
     check_private,
+    check_repository,
     check_said,
     check_words,
     hub_sentences,
@@ -55,6 +56,7 @@ from rfa_llm.hub import (
 )
 from rfa_llm.memory import base_model_bytes, held_values, peak_bytes, reshard, start_peak
 from rfa_llm.receipt import (
+    SALT_NAME,
     adapter_digests,
     answer_figures,
     figure_rows,
@@ -62,6 +64,7 @@ from rfa_llm.receipt import (
     new_salt,
     public_name,
     read_adapter_config,
+    read_salt,
     with_card,
     write_receipt,
 )
@@ -210,8 +213,11 @@ class UnlearningTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._sums_since_step = 0
         self._good_step, self._good_adapter = -1, {}
-        # One for all processes.
-        self._salt = broadcast_object_list([new_salt()])[0]
+        # One for all processes. A run that goes on in its folder keeps the folder's: with another no row of a receipt
+        # that was published could be proved any more.
+        salt_file = Path(args.output_dir) / SALT_NAME
+        keeps = salt_file.is_file() and (args.resume_from_checkpoint or not args.overwrite_output_dir)
+        self._salt = broadcast_object_list([read_salt(salt_file) if keeps else new_salt()])[0]
         self._figures_of, self._figures = None, {}
         optimizer, scheduler = optimizers
         given = [*(() if optimizer is None else OPTIMIZER), *(() if scheduler is None else SCHEDULER)]
@@ -475,6 +481,7 @@ class UnlearningTrainer(Trainer):
         settings = text_settings({name: getattr(args, name) for name in own_settings(args)})
         said = {name: public_name(text) for name, text in settings.items()}
         said |= {"forgotten": words.forgotten, "hub_model_id": repo_id, "base_model": words.base_model}
+        said["base_model's revision"] = (args.model_init_kwargs or {}).get("revision") or ""
         check_said(said, self._rows["forget"])
         return words
 
@@ -508,10 +515,15 @@ class UnlearningTrainer(Trainer):
         """As in [`~transformers.Trainer.init_hf_repo`]; what the Hub refuses is said in one sentence.
 
         Raises:
+            ValueError: The repository is there and cannot take the adapter (`rfa_llm.hub.check_repository`).
             PermissionError, ConnectionError: The Hub refuses the token, or does not answer.
         """
-        with hub_sentences(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+        args = self.args
+        with hub_sentences(args.hub_model_id or Path(args.output_dir).absolute().name):
             super().init_hf_repo(token=token, private=private)
+            if self.is_world_process_zero():
+                private = args.hub_private_repo if private is None else private
+                check_repository(HfApi(token=token or args.hub_token), self.hub_model_id, private, args.hub_revision)
 
     def push_to_hub(
         self,

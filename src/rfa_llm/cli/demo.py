@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from rfa_llm.adapters import check_whole_model
 from rfa_llm.blocks import read_config
 from rfa_llm.cli.evaluate import EvaluateArguments, score, summary_table
 from rfa_llm.cli.finetune import finetune_trainer
@@ -205,6 +206,8 @@ def demo(args: DemoArguments) -> dict:
     if own:
         # Read now, so that what is missing ends the demo before the training and not after it.
         check_questions(load_question_sets(data_dir, None, "forget_perturbed", "retain_perturbed"), None)
+        check_whole_model(args.model, "model")
+        read_config(args.model, "model", "a causal language model")
         if retain_model is not None:
             read_config(retain_model, "retain_model", "a causal language model")
         first, steps = 1, 2
@@ -222,8 +225,10 @@ def demo(args: DemoArguments) -> dict:
     if not own:
         # What else has to stay, asked in other words than in the evaluation.
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
-    # An earlier demo's adapter, and its teacher's features, are of other models.
+    # An earlier demo's adapter, its teacher's features and its figures are of other models.
     shutil.rmtree(adapter, ignore_errors=True)
+    for name in ("target", "unlearned", "retain-only", "results"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
     trainer = RFATrainer(model=target, args=config, forget_dataset=forget, retain_dataset=retain)
     bar_alone(trainer)
     trainer.train()

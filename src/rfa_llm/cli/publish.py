@@ -50,7 +50,9 @@ class PublishArguments:
         default=None, metadata={"help": "Configuration of the forget set's Hub dataset, such as forget10."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
-    private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Make a new repository private; refuse one that is there and public."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository; by default main."})
 
 
@@ -58,12 +60,13 @@ def publish_adapter(args: PublishArguments) -> CommitInfo:
     """Publish the adapter, with the summaries of the logs on its card; see `rfa_llm.hub.publish`."""
     if args.folder is None or args.repo_id is None:
         raise ValueError("folder, repo_id: both are needed; give them as `rfa-llm publish FOLDER REPO_ID`.")
-    read_receipt(args.folder)
+    receipt = read_receipt(args.folder)
     logs = {"before": ("before_log", args.before_log), "after": ("log", args.log)}
     logs["retain_only"] = ("retain_log", args.retain_log)
+    own = read_adapter_config(args.folder)["base_model_name_or_path"]
     words = Words(
         forgotten=args.forgotten,
-        base_model=base_on_hub(args.base_model, read_adapter_config(args.folder)["base_model_name_or_path"]),
+        base_model=base_on_hub(args.base_model, own, receipt["base_model"]["name"]),
         datasets=args.datasets or [],
         license=args.license,
         evaluations={model: summary(read_log(log, name)) for model, (name, log) in logs.items() if log is not None},

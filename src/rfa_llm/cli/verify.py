@@ -48,7 +48,7 @@ P_VALUES = {"forget_quality"}
 # A check's name, whether it passed (`None` where nothing was measured), and what was found.
 Check = tuple[str, bool | None, str]
 # What transformers and peft raise where a file holds what they do not expect.
-UNREADABLE = (TypeError, KeyError, AttributeError, SafetensorError)
+UNREADABLE = (TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass

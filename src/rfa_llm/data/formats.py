@@ -108,7 +108,7 @@ def _load(source: str, field: str, config: str | None, split: str) -> Dataset:
         raise ValueError(f"{field} is {source!r}, but there is no such file; give the path of a file that exists.")
     try:
         return _read_rows(path)
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         wanted = FILE_TYPES[path.suffix]
         raise ValueError(
             f"{field} {source!r} cannot be read ({error}); give {wanted}, a column's values all of one type."
