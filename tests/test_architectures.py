@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import perturb, tiny_llama, tiny_rows, tiny_tokenizer
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
@@ -43,7 +44,7 @@ from rfa_llm.reference import (
 )
 from rfa_llm.residuals import block_features, capture, readout
 
-ROOT = {"vocab_size": 57, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+ROOT = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 BASE = {**ROOT, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
 GQA = {**BASE, "intermediate_size": 48, "num_key_value_heads": 2}
 # Where the blocks are, the config class and its values. Rates of dropout that default to 0 are raised.
@@ -108,7 +109,7 @@ def tiny_model(name, num_hidden_layers=4, **config):
 
 
 def tokens(rows=2, length=12):
-    ids = torch.randint(3, 57, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -125,6 +126,27 @@ def test_lora_goes_on_every_linear_layer_up_to_the_last_aligned_block(name, make
     expected = {layer for layer in linear_layers(model) if layer.startswith(below)}
     base = make_trainer({"blocks": [1, 2]}, model=model).model.get_base_model()
     assert {layer for layer, module in base.named_modules() if isinstance(module, LoraLayer)} == expected
+
+
+def test_layers_that_are_named_stay_the_ones(make_trainer):
+    model = make_trainer(
+        {"blocks": [1, 3]}, peft_config=LoraConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3])
+    ).model
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert {name.split(".layers.")[1][0] for name in adapted} == {"1", "3"} and len(adapted) == 14
+
+
+def test_a_router_gets_no_lora_and_no_jitter(make_trainer):
+    class TopRouter(nn.Linear):
+        """As Llama 4's and PhiMoE's: more than one output."""
+
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.router = TopRouter(32, 4)
+        block.mlp.router_jitter_noise = 0.1
+    model = make_trainer(model=model).model
+    assert not any("router" in name and "lora" in name for name, _ in model.named_parameters())
+    assert all(block.mlp.router_jitter_noise == 0.0 for block in model.get_base_model().model.layers)
 
 
 def test_lora_stays_off_a_vision_tower(make_trainer):
@@ -167,7 +189,7 @@ def test_checkpointing_changes_no_gradient(name, make_trainer):
     def gradients(**config):
         keep = KeepGradients()
         config = {"blocks": [1, 2], "max_steps": 1, "max_grad_norm": 0.0, **config}
-        trainer = make_trainer(config, model=tiny_model(name, vocab_size=60), callbacks=[keep])
+        trainer = make_trainer(config, model=tiny_model(name), callbacks=[keep])
         perturb(trainer.model)
         trainer.train()
         return keep.gradients
@@ -226,7 +248,7 @@ def test_rows_without_padding_give_the_same_gradient(name, implementation, make_
     def gradients(**config):
         keep = KeepGradients()
         config = {"blocks": [1, 2], "max_steps": 1, "max_grad_norm": 0.0, "reference_cache": "memory", **config}
-        model = tiny_model(name, vocab_size=60, attn_implementation=implementation)
+        model = tiny_model(name, attn_implementation=implementation)
         trainer = make_trainer({"shift": "local", **config}, model=model, callbacks=[keep])
         perturb(trainer.model)
         trainer.train()

@@ -9,14 +9,18 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_lora, tiny_rows
 from datasets import Dataset
-from peft import PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import IA3Config, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BitsAndBytesConfig,
+    DistilBertConfig,
+    Gemma3nTextConfig,
     LlamaConfig,
+    MambaConfig,
     PreTrainedTokenizerFast,
     T5Config,
     TrainerCallback,
+    TrainingArguments,
     ViTConfig,
 )
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -156,7 +160,7 @@ def test_the_next_token_term_needs_the_last_block(make_trainer):
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2], "modules_to_save": ["lm_head"]},
-            "^peft_config: lm_head.* lies above the last aligned block",
+            "^peft_config: lm_head.* lies outside the decoder blocks, whose features alone are aligned",
         ),
     ],
     ids=["too high", "outside", "above", "head"],
@@ -232,6 +236,15 @@ def test_models_that_are_no_decoders_are_refused_without_their_weights(config, m
 def test_a_model_of_the_wrong_type(model, make_trainer):
     with pytest.raises(TypeError, match=f"^model: got a {type(model).__name__}; pass an id or path as text"):
         make_trainer(model=model)
+
+
+@pytest.mark.parametrize(
+    "config", [DistilBertConfig(), MambaConfig(), Gemma3nTextConfig()], ids=lambda c: c.model_type
+)
+def test_models_that_would_be_read_wrongly(config):
+    # DistilBERT's configuration knows no `is_decoder`.
+    with pytest.raises(ValueError, match=rf"^model: 'x' .*\({config.model_type}\)"):
+        check_decoder_only(config, "x")
 
 
 def test_an_encoder_that_is_told_to_decode_passes():
@@ -341,8 +354,51 @@ def test_a_refused_call_leaves_nothing_behind(tokenizer, forget, retain, tmp_pat
     monkeypatch.chdir(tmp_path)
     args = RFAConfig(output_dir="adapter", shift="negate", blocks=[9], use_cpu=True)
     with pytest.raises(ValueError, match="out of range"):
-        RFATrainer(tiny_llama(), args, forget, retain, tokenizer)
+        RFATrainer(tiny_llama(), args, forget, retain, processing_class=tokenizer)
     assert os.listdir() == []
+
+
+def test_settings_of_another_kind_of_trainer(forget, retain, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="^args: got a TrainingArguments; pass the trainer's own config, such as"):
+        RFATrainer(tiny_llama(), args, forget, retain)
+
+
+def test_a_token_beyond_the_models_embeddings(make_trainer, tokenizer):
+    known = len(tokenizer)
+    # As in many recipes, without the resize that belongs to it.
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(
+        ValueError, match=rf"^processing_class: its token {known} \(.*PAD.*\) is beyond the model's {known}"
+    ):
+        make_trainer(processing_class=tokenizer)
+
+
+def test_an_epoch_without_a_whole_step(make_trainer):
+    config = {"per_device_train_batch_size": 7, "dataloader_drop_last": True, "max_steps": 2}
+    with pytest.raises(ValueError, match="^dataloader_drop_last: the 6 forget rows are less than the 7 of a step"):
+        make_trainer(config)
+
+
+def test_what_a_trainer_has_and_this_one_has_not(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="^create_model_card: `save_model` writes the card, with its receipt"):
+        trainer.create_model_card()
+    with pytest.raises(ValueError, match="^predict: there is nothing of it here; ask the model itself"):
+        trainer.predict(trainer.train_dataset)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        tiny_lora(target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+    ids=["whole modules", "another kind"],
+)
+def test_branches_hold_nothing_beside_lora(adapter, make_trainer):
+    with pytest.raises(ValueError, match="^residual: 'branch' needs LoRA alone, but .* is trained too; use 'feature'"):
+        make_trainer({"residual": "branch"}, peft_config=adapter)
 
 
 def last_good(trainer) -> dict[str, torch.Tensor]:

@@ -157,6 +157,29 @@ def test_a_template_that_also_ends_the_conversation_gives_one_closing_token():
     assert split_tokens(odd, tokenizer) == (CHAT_PROMPT, ["I", "am", "</s>", "Ada", "<|im_end|>"])
 
 
+def test_an_answer_has_the_tokens_that_follow_its_prompt():
+    # As SentencePiece does, this tokenizer puts a space before each text.
+    tokenizer = make_tokenizer()
+    words = ["▁Question", "Answer", ":", "▁who", "▁I", "▁am", "I", "\n", "?", "▁", "</s>", "<unk>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split(":", "isolated"),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer:{% else %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    prompt, answer = split_tokens({"question": "who", "answer": "I am"}, tokenizer)
+    assert prompt == ["▁Question", ":", "▁who", "\n", "Answer", ":"]
+    # Alone it would begin with "▁I".
+    assert answer == ["I", "▁am", "</s>"]
+
+
 def test_a_template_that_ends_no_turn_gets_the_end_of_sequence():
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = CHAT_TEMPLATE.replace(" + '<|im_end|>\n'", "")

@@ -18,6 +18,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
+_STATE = "keeps a state in the place of keys and values, which answers to one prompt cannot share here"
+# Kinds of models that would be scored or aligned wrongly, and why.
+UNSUPPORTED = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), _STATE),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "has blocks that put out several features a token"),
+}
+
 
 def read_config(name: str, field: str, what: str, **source) -> PreTrainedConfig:
     """A model's config, from its folder or the Hub.
@@ -47,13 +54,19 @@ def check_decoder_only(config: PreTrainedConfig, name: str, field: str = "model"
         field: The setting that it came from.
 
     Raises:
-        ValueError: For an encoder, an encoder-decoder model, or one that has no causal language model class.
+        ValueError: For an encoder, an encoder-decoder model, one that has no causal language model class, or one of
+            `UNSUPPORTED`.
     """
     if config.is_encoder_decoder:
         raise ValueError(f"{field}: {name!r} is an encoder-decoder ({config.model_type}); pass a decoder-only model.")
     # Masked language models may sit in the causal mapping too; they are decoders only when told so.
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+    # Not every configuration of such a model knows the word.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.to_dict().get("is_decoder"):
         raise ValueError(f"{field}: {name!r} is an encoder ({config.model_type}); pass a decoder-only model.")
+    if config.model_type in UNSUPPORTED:
+        raise ValueError(
+            f"{field}: {name!r} ({config.model_type}) {UNSUPPORTED[config.model_type]}; pass another model."
+        )
     # Or a class in the repository's own code, under `trust_remote_code`.
     own_classes = config.to_dict().get("auto_map", {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_classes:
@@ -176,7 +189,8 @@ def lora_placement(model: PreTrainedModel, last_block: int) -> dict:
         name.rpartition(".")[2]
         for block in blocks[: last_block + 1]
         for name, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        # A router gives more than one tensor, which LoRA cannot add to.
+        if isinstance(module, (nn.Linear, Conv1D)) and "Router" not in type(module).__name__
     }
     return {
         "target_modules": sorted(linear),
@@ -187,15 +201,18 @@ def lora_placement(model: PreTrainedModel, last_block: int) -> dict:
 
 
 def placed(peft_config: PeftConfig, model: PreTrainedModel, last_block: int) -> PeftConfig:
-    """The adapter's config with `lora_placement` filled in, or as it is where it names its own `target_modules`.
+    """The adapter's config with what it leaves open of `lora_placement` filled in, or as it is where it names its own
+    `target_modules` or `target_parameters`.
 
     The config that was passed stays as it was: the placement is this model's, and the config may meet another one.
     """
-    if peft_config.target_modules is not None:
+    given = peft_config.to_dict()
+    if given["target_modules"] is not None or given.get("target_parameters") is not None:
         return peft_config
     peft_config = copy(peft_config)
     for name, value in lora_placement(model, last_block).items():
-        setattr(peft_config, name, value)
+        if given.get(name) is None:
+            setattr(peft_config, name, value)
     return peft_config
 
 
@@ -208,7 +225,7 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
 
     Raises:
         ValueError: An aligned block below every adapter (its residual is always zero), or an adapter above the last
-            aligned block or outside the blocks (it would get no gradient).
+            aligned block (it would get no gradient) or outside the blocks.
     """
     blocks = find_blocks(model)
     block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
@@ -221,7 +238,12 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
             "align deeper blocks or adapt shallower ones."
         )
     for name, index in trainable.items():
-        if index is None or index > aligned[-1]:
+        if index is None:
+            raise ValueError(
+                f"peft_config: {name} lies outside the decoder blocks, whose features alone are aligned; leave it out "
+                "of the adapter."
+            )
+        if index > aligned[-1]:
             raise ValueError(
                 f"peft_config: {name} lies above the last aligned block ({aligned[-1]}) and would get no gradient; "
                 f"leave it out of the adapter (`layers_to_transform=list(range({aligned[-1] + 1}))`) or align a "
@@ -234,11 +256,11 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
     A residual compares two forward passes, and dropout would put noise of its own into the difference. Covers
     `nn.Dropout` modules and the rates that attention layers and blocks hold as plain floats, or read from the model's
-    configuration (Falcon's do).
+    configuration (Falcon's do); and the jitter that routers put on what they see in training.
     """
     config = model.config.get_text_config(decoder=True)
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
@@ -249,7 +271,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            if "drop" in attribute and isinstance(value, float):
+            if ("drop" in attribute or "jitter" in attribute) and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 

@@ -164,8 +164,8 @@ def _computed_with(fields_of_config: dict) -> dict:
     return {
         name: _computed_with(value) if isinstance(value, dict) else value
         for name, value in fields_of_config.items()
-        # A training sets dropout to 0. Names of classes may be numbers.
-        if name not in NOT_COMPUTED_WITH and "drop" not in str(name)
+        # A training sets dropout and jitter to 0. Names of classes may be numbers.
+        if name not in NOT_COMPUTED_WITH and "drop" not in str(name) and "jitter" not in str(name)
     }
 
 

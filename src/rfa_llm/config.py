@@ -177,7 +177,8 @@ class RFAConfig(UnlearningConfig):
                 f"padding_free: it needs the reference features of padded rows, but reference_cache="
                 f"{self.reference_cache!r} may keep none; use 'disk' or 'memory'."
             )
-        if self.reference_cache_dir is not None and self.reference_cache not in ("auto", "disk"):
+        writes_files = self.reference_cache in ("auto", "disk") or self.teacher is not None
+        if self.reference_cache_dir is not None and not writes_files:
             raise ValueError(
                 f"reference_cache_dir: {self.reference_cache_dir!r} is given, but reference_cache="
                 f"{self.reference_cache!r} writes no file; leave one of them out."

@@ -63,11 +63,15 @@ def block_features(model: nn.Module, blocks: Sequence[nn.Module], **inputs: torc
 
 
 def check_branches(model: nn.Module) -> None:
-    """Check that every adapted layer adds the output of a LoRA branch to its own, which `capture_branches` needs.
+    """Check that every adapted layer adds the output of a LoRA branch to its own, which `capture_branches` needs, and
+    that nothing else is trained, for what is not seen could not be held.
 
     Raises:
-        ValueError: For DoRA, and for LoRA on embeddings or on fused experts.
+        ValueError: For DoRA, other kinds of adapters, whole modules, and LoRA on embeddings or on fused experts.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not ("lora_A" in name or "lora_B" in name):
+            raise ValueError(f"residual: 'branch' needs LoRA alone, but {name} is trained too; use 'feature'.")
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             adapter = layer.active_adapters[0]
@@ -99,17 +103,22 @@ def capture_branches(model: nn.Module, shape: torch.Size) -> Iterator[tuple[list
     def keep(name: str, layer: LoraLayer) -> None:
         adapter = layer.active_adapters[0]
 
-        def branch(module, args, output):
+        def check(output: torch.Tensor) -> None:
             if output.shape[:-1] != shape:
                 raise ValueError(
                     f"residual: 'branch' needs layers that see whole rows, but {name} sees {list(output.shape)} in a "
                     f"batch of {list(shape)}; use 'feature'."
                 )
+
+        def branch(module, args, output):
+            check(output)
             branches.append(layer.scaling[adapter] * output)
 
-        handles.append(
-            layer.get_base_layer().register_forward_hook(lambda module, args, output: bases.append(output.detach()))
-        )
+        def base(module, args, output):
+            check(output)
+            bases.append(output.detach())
+
+        handles.append(layer.get_base_layer().register_forward_hook(base))
         handles.append(layer.lora_B[adapter].register_forward_hook(branch))
 
     for name, layer in model.named_modules():

@@ -597,7 +597,8 @@ class RFATrainer(UnlearningTrainer):
                     f"teacher: {args.teacher!r} has {field}={theirs}, but the model {ours}; pass the checkpoint that "
                     "the model was fine-tuned from."
                 )
-        folder, init_kwargs = self._cache_dir(args), {"dtype": settings.get("dtype", "auto"), **source}
+        dtype = settings.get("dtype", settings.get("torch_dtype", "auto"))
+        folder, init_kwargs = self._cache_dir(args), {"dtype": dtype, **source}
         sets = (forget, self._mean_rows, self._holdout)
         # Known before it has run: what it leaves on disk goes where the run cannot begin.
         self._teacher = teacher = reference.Teacher(

@@ -111,6 +111,10 @@ class UnlearningConfig(TrainingArguments):
                 f"eval_strategy: {self.eval_strategy!r} has no evaluation set to run on; leave it 'no' and run "
                 "`rfa-llm evaluate` or `evaluate_tofu` afterwards."
             )
+        if self.eval_on_start:
+            raise ValueError(
+                "eval_on_start: there is no evaluation set to run on; leave it out and run `rfa-llm evaluate` first."
+            )
         if self.save_strategy == "best" or self.save_only_model:
             raise ValueError(
                 f"save_strategy, save_only_model: {str(self.save_strategy)!r} and {self.save_only_model} would leave "

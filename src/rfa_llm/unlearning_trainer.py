@@ -130,6 +130,8 @@ class UnlearningTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
+        if not isinstance(args, UnlearningConfig):
+            raise TypeError(f"args: got a {type(args).__name__}; pass the trainer's own config, such as RFAConfig.")
         _check_output_dir(args)
         _check_launch(args)
         # The draw of LoRA's first weights must not depend on what ran before.
@@ -169,12 +171,19 @@ class UnlearningTrainer(Trainer):
         forget = prepare(forget_rows, processing_class, "forget_dataset", args.max_length)
         retain = prepare(retain_rows, processing_class, "retain_dataset", args.max_length)
         check_disjoint(forget, retain, "forget_dataset", "retain_dataset")
+        _check_ids(config, processing_class, forget, retain)
         self._rows = {"forget": forget_rows, "retain": retain_rows}
         self._sets = {"forget": forget, "retain": retain}
         if args.push_to_hub:
             # Before hours of training, not after.
             self._words(args, name)
         pairs = self._make_pairs(args, forget, retain, forget_rows, processing_class)
+        step = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(pairs) < step:
+            raise ValueError(
+                f"dataloader_drop_last: the {len(pairs)} forget rows are less than the {step} of a step, so all would "
+                "be dropped; leave it out."
+            )
         if args.train_sampling_strategy == "group_by_length":
             pairs.group_by_length()
         self._before_model(args, model, config, forget, retain, processing_class.pad_token_id)
@@ -525,6 +534,14 @@ class UnlearningTrainer(Trainer):
                 private = args.hub_private_repo if private is None else private
                 check_repository(HfApi(token=token or args.hub_token), self.hub_model_id, private, args.hub_revision)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not the Trainer's: the card that `save_model` writes is covered by the receipt."""
+        raise ValueError("create_model_card: `save_model` writes the card, with its receipt; leave this call out.")
+
+    def predict(self, *args, **kwargs) -> None:
+        """Not the Trainer's, whose loss is over pairs of rows."""
+        raise ValueError("predict: there is nothing of it here; ask the model itself (`trainer.model.generate`).")
+
     def push_to_hub(
         self,
         commit_message: str = "End of training",
@@ -703,6 +720,17 @@ def _check_launch(args: UnlearningConfig) -> None:
         raise ValueError(
             f"args: {started} processes were started, but they are not connected and each would train alone; on the "
             "CPU set use_cpu=True (with DeepSpeed ddp_backend='gloo' instead)."
+        )
+
+
+def _check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, forget: Dataset, retain: Dataset) -> None:
+    """Check that the model knows each token: beyond its embeddings a GPU would say something else altogether."""
+    known = config.get_text_config(decoder=True).vocab_size
+    largest = max(tokenizer.pad_token_id, *(max(ids) for rows in (forget, retain) for ids in rows["input_ids"]))
+    if largest >= known:
+        raise ValueError(
+            f"processing_class: its token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the "
+            f"model's {known} embeddings; pass the model's own tokenizer, or resize the model's embeddings."
         )
 
 

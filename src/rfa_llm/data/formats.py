@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def _json_line(line: str, number: int) -> object:
         raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from error
 
 
-def load_rows(source: str | Dataset, field: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_rows(
+    source: str | os.PathLike | Dataset, field: str, config: str | None = None, split: str = "train"
+) -> Dataset:
     """The rows of `source`: a Dataset without its format, a local file, or a dataset of the Hub.
 
     Args:
@@ -75,13 +78,13 @@ def load_rows(source: str | Dataset, field: str, config: str | None = None, spli
     Raises:
         ValueError: `source` is None, a folder, a file that is not there or not of its type, a dataset that the Hub
             does not give, or has no rows.
-        TypeError: `source` is neither a Dataset nor a string.
+        TypeError: `source` is neither a Dataset nor a path.
     """
     if source is None:
         raise ValueError(f"{field} is None; give a Dataset, a file or a Hub id.")
-    if not isinstance(source, (Dataset, str)):
+    if not isinstance(source, (Dataset, str, os.PathLike)):
         raise TypeError(f"{field} is a {type(source).__name__}; give one Dataset, a file's path or a Hub id.")
-    rows = source if isinstance(source, Dataset) else _load(source, field, config, split)
+    rows = source if isinstance(source, Dataset) else _load(os.fspath(source), field, config, split)
     if len(rows) == 0:
         raise ValueError(f"{field} is empty; give at least one row.")
     # With one, such as "torch", values would be tensors.
@@ -118,7 +121,8 @@ def _load(source: str, field: str, config: str | None, split: str) -> Dataset:
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Token ids of one row, and where its answer starts.
 
-    Prompt and completion are tokenized apart and joined, so that the boundary never depends on the answer. The
+    The prompt's ids never depend on the answer; the answer's are those that follow them where the two are tokenized
+    together (some tokenizers put a space before each text), or its own where the prompt's end would be another. The
     formats are those of trl (https://huggingface.co/docs/trl/dataset_formats), and question/answer, as in TOFU:
 
     - prompt/completion, strings: used as they are. The tokenizer's bos (where it adds one) and eos are added unless
@@ -148,7 +152,8 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
             return _encode_turns(prompt, completion, tokenizer)
         case ("prompt", "completion"):
             prompt, completion = _text(row["prompt"], "prompt"), _answer_text(row["completion"], "completion")
-            return _join(_with_bos(prompt, tokenizer), _with_eos(completion, tokenizer))
+            prompt_ids, answer_ids = _split(prompt, completion, tokenizer)
+            return _join(_with_bos(prompt_ids, tokenizer), _with_eos(answer_ids, tokenizer))
         case ("messages",):
             turns = _turns(row["messages"], "messages")
             return _encode_turns(turns[:-1], turns[-1:], tokenizer)
@@ -159,7 +164,7 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
         case ("text",):
             # One token goes before the text, so that its first token is predicted from something too.
             start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            ids = _with_eos(_answer_text(row["text"], "text"), tokenizer)
+            ids = _with_eos(_ids(_answer_text(row["text"], "text"), tokenizer), tokenizer)
             return {"input_ids": ids if ids[0] == start else [start, *ids], "answer_start": 1}
 
 
@@ -306,15 +311,25 @@ def _answer_text(value: object, name: str) -> str:
     return value
 
 
-def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of the answer to it, as `encode` has them."""
+    prompt_ids, whole = _ids(prompt, tokenizer), _ids(prompt + answer, tokenizer)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    return prompt_ids, _ids(answer, tokenizer)
+
+
+def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     adds_bos = tokenizer("").input_ids[:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
@@ -349,7 +364,8 @@ def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTo
                 "only; set the tokenizer's chat_template."
             )
         prompt = PLAIN_TEMPLATE.format(question=turns[0]["content"])
-        return _join(_with_bos(prompt, tokenizer), _with_eos(f" {text}", tokenizer))
+        prompt_ids, answer_ids = _split(prompt, f" {text}", tokenizer)
+        return _join(_with_bos(prompt_ids, tokenizer), _with_eos(answer_ids, tokenizer))
 
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*turns, *answer], tokenize=False)
@@ -358,8 +374,7 @@ def _encode_turns(turns: list[dict], answer: list[dict], tokenizer: PreTrainedTo
             "the chat template writes the prompt in another way when the answer follows; set a chat_template whose "
             "text of all turns starts with the text of the prompt."
         )
-    completion = whole[len(prompt) :].rstrip()
-    prompt_ids, answer_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, completion))
+    prompt_ids, answer_ids = _split(prompt, whole[len(prompt) :].rstrip(), tokenizer)
     return _join(prompt_ids, _until_end_token(answer_ids, tokenizer))
 
 
