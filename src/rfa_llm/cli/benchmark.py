@@ -312,8 +312,6 @@ def benchmark(args: BenchmarkArguments) -> str:
         log_file = folder / "logs" / f"{name}.json"
         return score_model(name, model, sets, rows, scored, results / f"{name}.json", log_file, scoring)
 
-    retain_result = whole("retain-only", retain_only)
-    scoring["retain_log"] = retain_result["compared_with"]
     target_file = results / "target.json"
     orphans = [file.name for name in args.methods for file in results.glob(RESULT.format(name=name))]
     if orphans and not target_file.exists():
@@ -321,6 +319,8 @@ def benchmark(args: BenchmarkArguments) -> str:
             f"results: {results} has {orphans[0]}, but no {target_file.name} that would say which target it is of; "
             "delete the runs too, or choose another results_dir."
         )
+    retain_result = whole("retain-only", retain_only)
+    scoring["retain_log"] = retain_result["compared_with"]
     models = {"target": whole("target", target), "retain-only": retain_result}
     check_reference(models["target"], retain_result, target_file)
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
