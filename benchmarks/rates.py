@@ -33,6 +33,7 @@ METHODS = {
     "grad_ascent": "gradient ascent",
     "grad_diff": "gradient difference",
     "kl": "KL minimization",
+    "kl_all_tokens": "KL minimization, all tokens",
     "npo": "NPO",
     "simnpo": "SimNPO",
     "idk_nll": "IdkNLL",
