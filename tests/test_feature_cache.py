@@ -371,7 +371,7 @@ def test_branches_go_to_zero_on_the_retain_set_and_no_reference_runs_over_it(mak
 
 
 def test_branches_of_other_adapters_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="residual: 'branch' needs plain LoRA on linear layers"):
+    with pytest.raises(ValueError, match="residual: 'branch' needs LoRA alone, but .*lora_magnitude_vector"):
         make_trainer({"residual": "branch", "blocks": [1]}, peft_config=tiny_lora(use_dora=True))
 
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import tiny_llama
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
-from huggingface_hub import close_session, constants
+from huggingface_hub import HfApi, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
@@ -283,7 +283,9 @@ def test_files_of_another_tokenizer_go(online, adapter):
     assert set(online.repos["me/adapter"][-1]) == {*FILES, ".gitattributes", "notes.txt"}
 
 
-def test_the_trainer_does_not_begin_where_its_repository_is_public(online, make_trainer, saved_llama):
+def test_the_trainer_does_not_begin_where_its_repository_is_public(online, make_trainer, saved_llama, monkeypatch):
+    # The one that the Trainer calls knew its Hub before the test.
+    monkeypatch.setattr("transformers.trainer.create_repo", HfApi(endpoint=online.endpoint).create_repo)
     online.repos["me/adapter"] = [{}]
     asked = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": TOKEN, "hub_private_repo": True}
     with pytest.raises(ValueError, match="^private: 'me/adapter' is there already and public"):
