@@ -284,8 +284,8 @@ def test_files_of_another_tokenizer_go(online, adapter):
 
 
 def test_the_trainer_does_not_begin_where_its_repository_is_public(online, make_trainer, saved_llama, monkeypatch):
-    # The one that the Trainer calls knew its Hub before the test.
-    monkeypatch.setattr("transformers.trainer.create_repo", HfApi(endpoint=online.endpoint).create_repo)
+    # The client that the Trainer asks may have known its Hub before the test.
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: HfApi(endpoint=online.endpoint))
     online.repos["me/adapter"] = [{}]
     asked = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": TOKEN, "hub_private_repo": True}
     with pytest.raises(ValueError, match="^private: 'me/adapter' is there already and public"):
