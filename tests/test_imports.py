@@ -22,7 +22,7 @@ ALLOWED = {
     "feature_cache": {"data", "files"},
     "reference": {"adapters", "blocks", "residuals", "feature_cache", "calibration"},
     "memory": set(),
-    "checkpoints": {"unlearning_config", "memory", "files"},
+    "checkpoints": {"blocks", "unlearning_config", "memory", "files"},
     "receipt": {"checkpoints", "data.formats", "evaluation", "files", "unlearning_config"},
     "card": set(),
     "hub": {"card", "receipt", "data.formats"},

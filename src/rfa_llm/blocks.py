@@ -251,6 +251,11 @@ def check_adapter_placement(model: PreTrainedModel, aligned: Sequence[int]) -> N
             )
 
 
+def is_noise(name: str) -> bool:
+    """Whether a field or attribute of this name says how much noise a training adds: dropout, or a router's jitter."""
+    return "drop" in name or "jitter" in name
+
+
 def disable_dropout(model: PreTrainedModel) -> None:
     """Switch the base model's own dropout off, in place; adapters' dropout stays.
 
@@ -260,7 +265,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config(decoder=True)
     for name, value in config.to_dict().items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+        if is_noise(name) and isinstance(value, float):
             setattr(config, name, 0.0)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
@@ -271,7 +276,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            if ("drop" in attribute or "jitter" in attribute) and isinstance(value, float):
+            if is_noise(attribute) and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 

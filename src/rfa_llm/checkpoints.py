@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rfa_llm.blocks import is_noise
 from rfa_llm.files import written_whole
 from rfa_llm.memory import gathered
 from rfa_llm.unlearning_config import UnlearningConfig
@@ -164,8 +165,8 @@ def _computed_with(fields_of_config: dict) -> dict:
     return {
         name: _computed_with(value) if isinstance(value, dict) else value
         for name, value in fields_of_config.items()
-        # A training sets dropout and jitter to 0. Names of classes may be numbers.
-        if name not in NOT_COMPUTED_WITH and "drop" not in str(name) and "jitter" not in str(name)
+        # A training sets the noise to 0. Names of classes may be numbers.
+        if name not in NOT_COMPUTED_WITH and not is_noise(str(name))
     }
 
 

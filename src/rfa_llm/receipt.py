@@ -270,11 +270,10 @@ def is_tokenizer_file(name: str) -> bool:
 def tokenizer_digests(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each file of a tokenizer that lies beside an adapter, by its name."""
     folder = Path(folder)
-    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    paths = sorted(path for pattern in ("*", f"{CHAT_TEMPLATE_DIR}/*") for path in folder.glob(pattern))
+    names = {path: path.relative_to(folder).as_posix() for path in paths if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-        if path.is_file()
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items() if is_tokenizer_file(name)
     }
 
 
