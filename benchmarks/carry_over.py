@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 # Where the runs of 100 steps of each forget set are, by learning rate.
 FORGET_SETS = {
     0.002: {
-        "the subset's own": ["tofu800_calibrated", "tofu800_seeds"],
+        "the subset's own": ["tofu800_calibrated", "tofu800_seeds", "tofu800"],
         "400 to 499": ["tofu800_rows_400_calibrated", "tofu800_rows_400_seeds"],
         "500 to 599": ["tofu800_rows_500", "tofu800_rows_500_seeds"],
         "660 to 759": ["tofu800_rows_660", "tofu800_rows_660_seeds"],
@@ -35,6 +35,8 @@ FORGET_SETS = {
         "660 to 759": ["tofu800_rows_660_rate"],
     },
 }
+# Runs of before the calibrated stop scaled the adapter.
+UNSCALED = ("rfa_calibrated", "tofu800")
 METHODS = {
     ("teacher_holdout_calibrated", 0.002): 'With a teacher, holdout rows and `stop_at="calibrated"`',
     ("teacher_calibrated", 0.002): 'With a teacher and `stop_at="calibrated"`',
@@ -78,6 +80,8 @@ def target_utilities() -> set[float]:
 def runs(method: str, rate: float, folder: str) -> dict[str, list[dict]]:
     """A method's results at a learning rate in a folder, by what they were computed in."""
     found: dict[str, list[dict]] = {}
+    if (method, folder) == UNSCALED:
+        return found
     for file in sorted((RESULTS / folder).glob(f"{method}_lr{rate}_seed*.json")):
         result = read(file)
         found.setdefault(computed_in(result), []).append(result)

@@ -13,13 +13,13 @@ from __future__ import annotations
 from functools import cache
 from statistics import mean, median
 
-from carry_over import FORGET_SETS, RESULTS, computed_in, differences, last, read, spread, target_utilities
+from carry_over import RESULTS, computed_in, differences, last, read, spread, target_utilities
 
 from rfa_llm.benchmark.table import at_best_learning_rate, strength
 
 # Runs of the same rows and steps, scored at the last step alone; the calibrated one in results/tofu800 is of before it
 # scaled the adapter.
-LAST_STEP_ALONE = FORGET_SETS[0.002]["the subset's own"]
+LAST_STEP_ALONE = ["tofu800_calibrated", "tofu800_seeds"]
 CALIBRATED = {
     "rfa_calibrated": 'RFA, `stop_at="calibrated"`',
     "teacher_calibrated": 'RFA with a teacher, `stop_at="calibrated"`',
