@@ -332,8 +332,9 @@ def test_the_base_is_the_revision_that_the_adapter_was_trained_on(
         ("us/tiny", ["--model_revision", "main"]),
     ):
         words = ["--model_name_or_path", model, *more, "--use_cpu", "--data_dir", str(tmp_path)]
-        evaluate.main([*words, "--max_new_tokens", "2", "--output_file", str(tmp_path / "log.json")])
-        figures.append(summary(read_log(tmp_path / "log.json"))["forget_truth_ratio"])
+        log = tmp_path / f"log-{len(figures)}.json"
+        evaluate.main([*words, "--max_new_tokens", "2", "--output_file", str(log)])
+        figures.append(summary(read_log(log))["forget_truth_ratio"])
     assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[0] != pytest.approx(figures[2], rel=1e-3)
 
 
