@@ -70,6 +70,8 @@ def test_a_recipe_and_flags_train_an_adapter(residual, saved_llama, data_dir, tm
     assert header.strip().split("  ") == (["forget set", "retain set"] if residual == "feature" else ["forget set"])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama), out)
     assert model.peft_config["default"].r == 4
+    # The command's default is a branch of the Hub, and the base lies in a folder.
+    assert model.peft_config["default"].revision is None
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
@@ -80,6 +82,10 @@ def test_evaluate_writes_a_log_that_serves_as_reference(saved_llama, data_dir, t
     first, second = tmp_path / "logs" / "first.json", tmp_path / "second.json"
     evaluate.main([*words, "--output_file", str(first)])
     assert "forget_quality" not in summary(read_log(first))
+    before = first.read_bytes()
+    with pytest.raises(ValueError, match="^output_file: '.*first.json' is there already; give another name"):
+        evaluate.main([*words, "--output_file", str(first)])
+    assert first.read_bytes() == before
     evaluate.main([*words, "--output_file", str(second), "--retain_log", str(first)])
     assert summary(read_log(second))["forget_quality"] == 1.0
     assert "forget_quality" in capsys.readouterr().out
@@ -152,6 +158,17 @@ def test_an_adapter_is_no_model(command, tmp_path):
     out = ["--output_dir", str(tmp_path / "out")] if command is finetune else []
     with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter and no whole model; merge it"):
         command.main(["--model_name_or_path", str(tmp_path / "lora"), *out])
+
+
+@pytest.mark.parametrize("command", [finetune, evaluate], ids=["finetune", "evaluate"])
+def test_a_model_that_is_not_there_is_named(command, data_dir, tmp_path):
+    words = {
+        finetune: ["--train_dataset", str(data_dir / "forget.jsonl"), "--output_dir", str(tmp_path / "out")],
+        evaluate: ["--data_dir", str(data_dir), "--forget_config", "forget_perturbed"],
+    }
+    with pytest.raises(ValueError, match="^model_name_or_path: 'no/such/model' is no model .there is no such folder"):
+        command.main(["--model_name_or_path", "no/such/model", *words[command]])
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_cut_short_end_with_a_sentence(saved_llama, data_dir, tmp_path):

@@ -8,6 +8,7 @@ from copy import copy
 from itertools import islice
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -41,7 +42,9 @@ def read_config(name: str, field: str, what: str, **source) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        # What the Hub would not take for an id is the path of a folder.
+        is_path = isinstance(error.__cause__, HFValidationError)
+        reason = "there is no such folder" if is_path else " ".join(str(error).split())
         raise ValueError(f"{field}: {name!r} is no model ({reason}); give the folder or Hub id of {what}.") from error
 
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rfa_llm.adapters import base_revision, check_whole_model, on_its_base, read_adapter
+from rfa_llm.blocks import read_config
 from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets
@@ -69,7 +70,7 @@ class EvaluateArguments:
 def summary_table(logs: dict[str, dict]) -> str:
     """The aggregate numbers of several logs side by side, one column each, as text."""
     table = pd.DataFrame({name: summary(log) for name, log in logs.items()})
-    return table.to_string(float_format="%.4f", na_rep="-")
+    return table.to_string(float_format="%.4g", na_rep="-")
 
 
 def score(args: EvaluateArguments) -> dict:
@@ -82,8 +83,8 @@ def score(args: EvaluateArguments) -> dict:
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
     check_whole_model(args.model_name_or_path, "model_name_or_path")
-    if Path(args.output_file).is_dir():
-        raise ValueError(f"output_file: {args.output_file!r} is a folder; give the name of a file.")
+    if Path(args.output_file).exists():
+        raise ValueError(f"output_file: {args.output_file!r} is there already; give another name, or delete it.")
     check_sizes(args.batch_size, args.max_new_tokens)
     source = {} if args.model_revision is None else {"revision": args.model_revision}
     if args.adapter_name_or_path is not None:
@@ -93,6 +94,7 @@ def score(args: EvaluateArguments) -> dict:
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
     retain_log = check_questions(sets, args.retain_log, args.gradient_norm)
+    read_config(args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **source)
     if args.adapter_name_or_path is not None:
         model = on_its_base(model, args.adapter_name_or_path)
