@@ -153,9 +153,9 @@ def test_the_demos_models_are_made_once_and_compared(finished, folder, tmp_path,
 
     monkeypatch.setattr(cli_benchmark, "make_models", made)
     threads = torch.get_num_threads()
-    args = arguments(
-        folder, tmp_path / "out", demo_models=True, data_dir=None, base_model=None, only=["mine"], seeds=[0]
-    )
+    # Models and data are made up.
+    none = dict.fromkeys(("data_dir", "base_model", "finetuning"))
+    args = arguments(folder, tmp_path / "out", demo_models=True, only=["mine"], seeds=[0], **none)
     text = benchmark(args)
     assert "| mine, last step | 0.01 | 4 | 1 |" in text
     # They are there, so they are not made again, over them.
@@ -546,12 +546,22 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
         ({"methods": {"rfa": {"trainer": "rfa", "lora": 4}}}, "methods: 'rfa' has lora: 4; give fields of LoraConfig"),
         ({"methods": {"rfa": {"trainer": "rfa", "learning_rates": []}}}, r"has learning_rates: \[\]; give a list"),
         ({"data_dir": None}, "data_dir: no data is given"),
+        (
+            {"demo_models": True},
+            "demo_models: it makes up models and data and would not read base_model, finetuning",
+        ),
         ({"max_new_tokens": 0}, "batch_size, max_new_tokens: 16 and 0 must both be 1 or more"),
     ],
 )
 def test_bad_arguments_are_refused(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         arguments(folder, tmp_path, **changes)
+
+
+def test_a_model_that_is_not_there_is_refused_by_its_setting(folder, tmp_path):
+    with pytest.raises(ValueError, match="^target_model: 'no/such/model' is no model .there is no such folder.; give"):
+        benchmark(arguments(folder, tmp_path, target_model="no/such/model"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
@@ -563,8 +573,9 @@ def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trainer": "npoo"}, "trainer: 'npoo' is not known; use 'rfa' or one of"),
-        ({"trainer": "npo", "alpha": 2.0}, "methods: 'x' has 'alpha', which is no field of RivalConfig"),
+        ({"trainer": "npoo"}, "methods: 'x' has the trainer 'npoo', which is not known; use 'rfa' or one of"),
+        ({"trainer": "npo", "alpah": 2.0}, "methods: 'x' has 'alpah', which is no field of RivalConfig; docs/api"),
+        ({"trainer": "rfa", "alpah": 2.0}, "has 'alpah', which is no field of RFAConfig; did you mean 'alpha'[?]"),
         ({"trainer": "rfa", "holdout": True}, "methods: 'x' has holdout, but no stop_at"),
         ({"trainer": "rfa", "max_steps": 2}, "methods: 'x' has 'max_steps', which the comparison sets by itself"),
         ({"trainer": "rfa", "alpha": "2e0"}, "methods: 'x' has 'alpha' as the text '2e0'; YAML sees a number where"),

@@ -177,7 +177,7 @@ def test_a_mistake_is_one_sentence_and_debug_shows_where_it_was_found(command, m
         "missing setting": lacking,
         "unknown setting": (
             f"{recipe}--no_such_thing 1",
-            f"--no_such_thing: there is no such setting; `rfa-llm {command} --help` lists them.",
+            f"no_such_thing: there is no such setting; `rfa-llm {command} --help` lists them.",
         ),
         "no recipe": ("--config no.yaml", "config: 'no.yaml' is no file; give a YAML file of settings."),
         "no name": ("--config", "config: '' is no file; give a YAML file of settings."),
@@ -208,7 +208,7 @@ def test_a_value_of_another_type_is_refused_by_its_setting(command, tmp_path, ca
 
 
 def test_the_beginning_of_a_settings_name_is_no_setting(tmp_path):
-    with pytest.raises(SystemExit, match="^rfa-llm: error: --num_train_epoch: there is no such setting"):
+    with pytest.raises(SystemExit, match="^rfa-llm: error: num_train_epoch: there is no such setting"):
         call("unlearn", "--output_dir OUT --num_train_epoch 3", tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_a_key_of_a_recipe_that_is_no_setting_is_named(tmp_path):
     (tmp_path / "number.yaml").write_text("blocks: -1\n")
     with pytest.raises(SystemExit, match=r"^rfa-llm: error: blocks: -1 is no list; give one, such as \[-1\]"):
         call("unlearn", f"--output_dir OUT --config {tmp_path / 'number.yaml'}", tmp_path)
-    with pytest.raises(SystemExit, match="^rfa-llm: error: --forget_datasets: there is no such setting"):
+    with pytest.raises(SystemExit, match="^rfa-llm: error: forget_datasets: there is no such setting"):
         call("unlearn", f"--output_dir OUT --config {tmp_path / 'recipe.yaml'}", tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Methods compared on TOFU's questions: runs with their trajectories, the table, the picture."""
 
-from rfa_llm.benchmark.picture import draw
+from rfa_llm.benchmark.picture import check_can_draw, draw
 from rfa_llm.benchmark.runs import (
     Run,
     check_reference,
@@ -16,6 +16,7 @@ from rfa_llm.benchmark.table import at_best_learning_rate, table
 __all__ = [
     "Run",
     "at_best_learning_rate",
+    "check_can_draw",
     "check_reference",
     "check_settings",
     "draw",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,16 @@ STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "p", "h", "d", "*")
 
 
+def check_can_draw() -> None:
+    """Check, before hours of training, that the picture can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("the picture needs matplotlib; install it with `pip install rfa-llm[benchmark]`.")
+
+
 def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path: Path) -> None:
     """Draw the comparison (`trade_off`) and write the picture.
 
@@ -25,10 +36,8 @@ def draw(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]], path
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib; install it with `pip install rfa-llm[benchmark]`.") from error
+    check_can_draw()
+    from matplotlib import rc_context
 
     figure = trade_off(models, methods)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +336,10 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
     }
     if name != "rfa":
         if name not in RIVALS:
-            raise ValueError(f"trainer: {name!r} is not known; use 'rfa' or one of {', '.join(RIVALS)}.")
+            raise ValueError(
+                f"methods: {run.method!r} has the trainer {name!r}, which is not known; use 'rfa' or one of "
+                f"{', '.join(RIVALS)}."
+            )
         common["method"] = name
     config = RFAConfig if name == "rfa" else RivalConfig
     known = {field.name for field in fields(config)}
@@ -345,8 +349,10 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
                 f"methods: {run.method!r} has {setting!r}, which the comparison sets by itself; leave it out."
             )
         if setting not in known:
+            near = get_close_matches(setting, known)
             raise ValueError(
-                f"methods: {run.method!r} has {setting!r}, which is no field of {config.__name__}; see there."
+                f"methods: {run.method!r} has {setting!r}, which is no field of {config.__name__}; "
+                f"{f'did you mean {near[0]!r}?' if near else 'docs/api.md has its fields.'}"
             )
         if isinstance(value, str) and _is_number(value):
             raise ValueError(

@@ -20,6 +20,7 @@ from rfa_llm.adapters import check_whole_model
 from rfa_llm.benchmark import (
     Run,
     at_best_learning_rate,
+    check_can_draw,
     check_reference,
     check_settings,
     draw,
@@ -30,6 +31,7 @@ from rfa_llm.benchmark import (
     table,
     train_and_score,
 )
+from rfa_llm.blocks import read_config
 from rfa_llm.checkpoints import digest
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
@@ -166,6 +168,12 @@ class BenchmarkArguments:
             if not 0 < rate < math.inf:
                 raise ValueError(f"learning_rates: {rate!r} is not above 0; give rates that are.")
         check_sizes(self.batch_size, self.max_new_tokens)
+        makes = ("target_model", "retain_model", "base_model", "finetuning", "data_dir", "facts_dir")
+        unread = [name for name in makes if getattr(self, name) is not None]
+        if self.demo_models and unread:
+            raise ValueError(
+                f"demo_models: it makes up models and data and would not read {', '.join(unread)}; leave out either."
+            )
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
 
@@ -185,17 +193,19 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
             make_models(DemoArguments(use_cpu=args.use_cpu), making)
             making.rename(models)
         return str(models / "target"), str(models / "retain")
-    paths = []
+    paths, is_scored = [], (results / "retain-only.json").exists()
     for given, name, rows in (
         (args.target_model, "target", args.full_config),
         (args.retain_model, "retain", args.retain_config),
     ):
         if given is not None:
             check_whole_model(given, f"{name}_model")
+            if not (name == "retain" and is_scored):
+                read_config(given, f"{name}_model", "a causal language model")
             paths.append(str(Path(given)))
             continue
         path = folder / "models" / name
-        if name == "retain" and not path.exists() and (results / "retain-only.json").exists():
+        if name == "retain" and not path.exists() and is_scored:
             paths.append(str(path))
             continue
         dataset = load_tofu(rows, args.data_dir)
@@ -272,7 +282,8 @@ def benchmark(args: BenchmarkArguments) -> str:
         ValueError: A setting, a set, a model or a result that is there is not what it should be; before any training
             where that can be. Or some runs came to losses that are not finite; the table has the others.
     """
-    # A wrong setting ends it now and not after hours.
+    # What is wrong ends it now and not after hours.
+    check_can_draw()
     for name in args.methods:
         identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
 

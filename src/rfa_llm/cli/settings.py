@@ -91,5 +91,6 @@ def read_settings(
             # A folder or a yes, so argparse leaves it text.
             one.resume_from_checkpoint = one.resume_from_checkpoint in ("true", "True")
     if unknown:
-        raise ValueError(f"{unknown[0]}: there is no such setting; `rfa-llm {command} --help` lists them.")
+        # Those of a recipe come with dashes, too.
+        raise ValueError(f"{unknown[0].lstrip('-')}: there is no such setting; `rfa-llm {command} --help` lists them.")
     return tuple(settings)

@@ -269,7 +269,8 @@ def check_disjoint(one: Dataset, other: Dataset, field: str, other_field: str) -
     if both:
         raise ValueError(
             f"{len(both)} rows of {field} are in {other_field} too, token for token, the first of them row {both[0]} "
-            f"of {field} (counted from 0); remove them from one of the two, or use a tokenizer that knows their words."
+            f"of {field} (counted from 0); remove them from one of the two, or, where their texts differ, use a "
+            "tokenizer that tells them apart."
         )
 
 
