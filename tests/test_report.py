@@ -354,6 +354,12 @@ def test_several_runs_share_a_plot_where_they_share_their_models(tmp_path):
     assert "newword 3" in page.folded and "otherword 3" in page.folded
     assert "1: adapter" in (tmp_path / "new" / "report.md").read_text()
 
+    # A demo brings logs of its own.
+    demo = write_folder(tmp_path / "demo" / "adapter", log_history=[]).parent
+    write_logs(demo)
+    page = reported(tmp_path, demo, folders[0])
+    assert "--retain_log (retain-only) for 2: adapter." in page.open
+
     # Another demo has a target of its own.
     folders = [write_folder(tmp_path / name / "adapter", log_history=[]).parent for name in ("one", "two")]
     for folder in folders:

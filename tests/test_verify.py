@@ -599,7 +599,7 @@ def test_the_command_lists_the_checks_and_fails_with_the_names(adapter, tmp_path
     assert printed.count("ok  ") == 12 and "FAIL" not in printed and "base's weights" in printed
     assert re.findall("^--    (.*?) +not measured: give", printed, re.M) == FIGURES
     tiny_rows(2, first=40).to_json(tmp_path / "foreign.jsonl")
-    with pytest.raises(ValueError, match="^folder: .*adapter' is not what its receipt says: rows in the request.$"):
+    with pytest.raises(ValueError, match="^forget, retain: .* the receipt was made of: rows in the request; give"):
         verify_cli.main([str(adapter), "--use_cpu", "true", "--forget", str(tmp_path / "foreign.jsonl")])
     assert "FAIL  rows in the request" in capsys.readouterr().out
 

@@ -148,7 +148,7 @@ With transformers and peft:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = "{words.base_model}"
+base = "{words.base_model}"{"" if "/" in words.base_model else "  # its folder, or its id on the Hub"}
 model = AutoModelForCausalLM.from_pretrained(base{at_revision}, dtype="{receipt["base_model"]["dtype"]}")
 model = PeftModel.from_pretrained(model, "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")

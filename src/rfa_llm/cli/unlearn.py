@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -90,8 +91,10 @@ def unlearn(data_args: UnlearnArguments, training_args: RFAConfig, model_args: U
     """Train the adapter, save it in `training_args.output_dir`, and print what became of the residuals."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    # A folder has no revision, which the adapter and its receipt would name.
+    in_folder = Path(model_args.model_name_or_path).is_dir()
     training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
+        **({} if in_folder else {"revision": model_args.model_revision}),
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
@@ -136,8 +139,8 @@ def stop_report(state: TrainerState) -> str:
     level = next(name for name in MENDS if name in look)
     return (
         f"Ended at step {state.global_step} of {state.max_steps}; then the adapter's effect was multiplied by "
-        f"{look['adapter_scale']:.3f} (the residuals above are from before). The forget set's answers are at "
-        f"{look['forget_answer_loss']:.3f} nats a token; {level}, which stands for ignorance, is {look[level]:.3f}."
+        f"{look['adapter_scale']:.3f} (the losses and residuals above are from before). The forget set's answers are "
+        f"at {look['forget_answer_loss']:.3f} nats a token; {level}, which stands for ignorance, is {look[level]:.3f}."
         "\n\n"
     )
 

@@ -45,6 +45,8 @@ from rfa_llm.receipt import (
 LOGS = {"after": "log", "before": "before_log", "retain_only": "retain_log"}
 # Figures that `tolerance` is a share of alone.
 P_VALUES = {"forget_quality"}
+# Checks of the rows that are given, which say nothing against the folder.
+OF_SETS = {"rows in the request", "rows to keep", "retain set"}
 # A check's name, whether it passed (`None` where nothing was measured), and what was found.
 Check = tuple[str, bool | None, str]
 # What transformers and peft raise where a file holds what they do not expect.
@@ -166,6 +168,11 @@ def same(name: str, found: str, expected: str) -> Check:
     return name, found == expected, found if found == expected else f"{found}, the receipt {expected}"
 
 
+def said(base: dict[str, str | None]) -> str:
+    """What `base_of` gives, in words."""
+    return base["name"] if base["revision"] is None else f"{base['name']} at {base['revision']}"
+
+
 def failed_of(checks: list[Check]) -> set[str]:
     return {name for name, passed, _ in checks if passed is False}
 
@@ -197,7 +204,7 @@ def folder_checks(folder: str, receipt: dict) -> list[Check]:
     if "/" not in named["name"]:
         # A folder's own name, of a path that need not be there any more.
         found["name"] = Path(found["name"]).name
-    checks.append(same("base's name", str(found), str(named)))
+    checks.append(same("base's name", said(found), said(named)))
     rows = receipt["forget"]
     checks.append(same("rows to forget", str(len(rows["row_hashes"])), str(rows["rows"])))
     wrong = wrong_figures(receipt)
@@ -357,5 +364,10 @@ def main(argv: list[str]) -> None:
         mark = "--" if pd.isna(passed) else "ok" if passed else "FAIL"
         print(f"{mark:<4}  {check:<{width}}  {found}")
     failed = checks.loc[~checks["passed"], "check"].tolist()
+    if failed and set(failed) <= OF_SETS:
+        raise ValueError(
+            f"forget, retain: what is given is not what the receipt was made of: {', '.join(failed)}; give the "
+            "training's own rows, and its salt."
+        )
     if failed:
         raise ValueError(f"folder: {args.folder!r} is not what its receipt says: {', '.join(failed)}.")

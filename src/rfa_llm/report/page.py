@@ -146,7 +146,9 @@ def _comparison(runs: Sequence[Run], labels: Sequence[str]) -> Section:
     section = Section("Forget quality against model utility")
     missing = [name for name in LOGS if any(name not in run.logs for run in runs)]
     if missing:
-        section.left_out.append(f"The plot is left out: it needs the logs of {_options(missing)}.")
+        without = [label for run, label in zip(runs, labels, strict=True) if not run.logs.keys() >= set(LOGS)]
+        whose = f" for {', '.join(without)}" if len(runs) > 1 else ""
+        section.left_out.append(f"The plot is left out: it needs the logs of {_options(missing)}{whose}.")
         return section
     models = {name: scores(runs[0], name) for name in ("target", "retain-only")}
     # Told apart from itself by nothing.
