@@ -19,6 +19,7 @@ import carry_over
 import numpy as np
 import pytest
 import rates
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import learn_by_heart, tiny_llama, tiny_rows, tiny_tokenizer
 from datasets import Dataset
@@ -27,6 +28,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from rfa_llm import RFAConfig, RFATrainer
+from rfa_llm.benchmark import identity
+from rfa_llm.cli.benchmark import BenchmarkArguments, planned
 from rfa_llm.cli.main import COMMANDS
 from rfa_llm.data.formats import encode
 from rfa_llm.rivals import METHODS, RIVALS, RivalConfig, RivalTrainer
@@ -218,6 +221,11 @@ def test_the_blocks_of_a_page_run_from_its_top_to_its_end(page, workplace, hub):
                     # Rows of a set, a line each.
                     for line in block.code.splitlines():
                         encode(json.loads(line), tiny_tokenizer())
+                case "yaml":
+                    # A recipe of the benchmark.
+                    args = BenchmarkArguments(**yaml.safe_load(block.code))
+                    for name in args.methods:
+                        identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
                 case language:
                     pytest.fail(f"{page.name}, line {block.line}: a block in {language!r} is not run; say how")
 
