@@ -252,7 +252,7 @@ def measure(shape: str, quantization: str, device: torch.device, peak: float, ar
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             *(model, folder, args.rows, args.tokens, WARMUP + args.steps, clock),
-            gradient_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing=args.gradient_checkpointing,
             bf16=args.mixed_precision == "bf16",
             use_liger_kernel=args.use_liger_kernel,
             use_cpu=device.type == "cpu",

@@ -219,7 +219,7 @@ class RFAConfig(UnlearningConfig):
             )
         super().__post_init__()
         # Known by now under either of its names.
-        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             if self.residual == "branch":
                 raise ValueError(
                     "residual: 'branch' reads inside the blocks, which checkpointing with use_reentrant=True computes "

@@ -317,7 +317,7 @@ class UnlearningTrainer(Trainer):
 
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()
-        recomputes = self.args.gradient_checkpointing or (
+        recomputes = self.args.activation_checkpointing or (
             self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing
         )
         stack.enter_context(computing_in_model_dtype(self._peft_model(), self.args.device, recomputes))
@@ -645,7 +645,7 @@ class UnlearningTrainer(Trainer):
             self._load_method_state(read_method_state(resume_from_checkpoint, self._fingerprint))
         self._began_new = self._is_new()
         start_peak(self.args.device)
-        if not self.args.gradient_checkpointing:
+        if not self.args.activation_checkpointing:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         base = self._peft_model().get_base_model()
         # transformers lets the embedding ask for gradients, or LoRA inside a checkpointed block would get none, and
