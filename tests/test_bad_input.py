@@ -254,7 +254,7 @@ def test_an_encoder_that_is_told_to_decode_passes():
 def test_a_model_that_is_an_adapter(make_trainer, tmp_path):
     path = str(tmp_path / "lora")
     get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(path)
-    with pytest.raises(ValueError, match=f"^model: '{path}' is an adapter.*merge it into its base"):
+    with pytest.raises(ValueError, match=f"^model: '{path}' is an adapter.*`rfa-llm merge` merges an adapter"):
         make_trainer(model=path)
 
 
@@ -307,12 +307,12 @@ def test_a_teacher_of_another_kind_is_refused_without_its_weights(
         make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "an adapter"])
-def test_a_teacher_that_is_no_model(kind, make_trainer, saved_llama, tmp_path):
+@pytest.mark.parametrize(("kind", "message"), [("nothing", "is no model "), ("an adapter", "is an adapter and no ")])
+def test_a_teacher_that_is_no_model(kind, message, make_trainer, saved_llama, tmp_path):
     teacher = str(tmp_path / "teacher")
     if kind == "an adapter":
         tiny_lora().save_pretrained(teacher)
-    with pytest.raises(ValueError, match=f"^teacher: '{teacher}' is no model .* give the folder or Hub id"):
+    with pytest.raises(ValueError, match=f"^teacher: '{teacher}' {message}.* give the folder or Hub id of the whole"):
         make_trainer({"shift": "ignorant", "teacher": teacher}, model=saved_llama)
 
 

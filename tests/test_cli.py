@@ -156,7 +156,7 @@ def test_an_adapter_is_no_model(command, tmp_path):
     # transformers would load it onto its base without a word.
     get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     out = ["--output_dir", str(tmp_path / "out")] if command is finetune else []
-    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter and no whole model; merge it"):
+    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter and no whole model; give"):
         command.main(["--model_name_or_path", str(tmp_path / "lora"), *out])
 
 

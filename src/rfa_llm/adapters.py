@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -69,19 +67,6 @@ def computing_in_model_dtype(
         torch.autocast(device.type, dtype=torch.bfloat16),
     ):
         yield
-
-
-def check_whole_model(model: str, field: str) -> None:
-    """Check that a path is no adapter's, which transformers would load onto its base without a word.
-
-    Raises:
-        ValueError: It is; the sentence names the field.
-    """
-    if (Path(model) / CONFIG_NAME).exists():
-        raise ValueError(
-            f"{field}: {model!r} is an adapter and no whole model; merge it into its base (`rfa-llm merge`) and pass "
-            "the merged model."
-        )
 
 
 def read_adapter(adapter: str) -> PeftConfig:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from itertools import islice
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -37,8 +39,13 @@ def read_config(name: str, field: str, what: str, **source) -> PreTrainedConfig:
         **source: Where on the Hub, as `AutoConfig.from_pretrained` takes it (`revision`, `token` and so on).
 
     Raises:
-        ValueError: There is no config there.
+        ValueError: There is none; or an adapter is, which transformers would load onto its base without a word.
     """
+    if (Path(name) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"{field}: {name!r} is an adapter and no whole model; give the folder or Hub id of {what} "
+            "(`rfa-llm merge` merges an adapter into its base)."
+        )
     try:
         return AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:

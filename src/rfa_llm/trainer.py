@@ -583,7 +583,7 @@ class RFATrainer(UnlearningTrainer):
 
     def _run_teacher(self, args, config, forget, pad_token_id) -> None:
         """Let the teacher run, in the first process, over what of the sets is not on disk already; open all of it."""
-        whole = "the whole checkpoint from before the fine-tuning, no adapter"
+        whole = "the whole checkpoint from before the fine-tuning"
         settings = args.model_init_kwargs or {}
         # The revision is the model's.
         source = {name: settings[name] for name in SOURCE if name in settings and name != "revision"}

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from rfa_llm.adapters import adapter_off, check_whole_model, computing_in_model_dtype
+from rfa_llm.adapters import adapter_off, computing_in_model_dtype
 from rfa_llm.blocks import check_decoder_only, disable_dropout, num_blocks, placed, read_config
 from rfa_llm.card import TAGS, Words, model_card
 from rfa_llm.checkpoints import (
@@ -145,7 +145,6 @@ class UnlearningTrainer(Trainer):
         _check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         is_path = isinstance(model, str)
         if is_path:
-            check_whole_model(model, "model")
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
             source = {name: init_kwargs[name] for name in SOURCE if name in init_kwargs}
             config, name = read_config(model, "model", "a causal language model", **source), model

@@ -16,7 +16,6 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_peft_config
 
-from rfa_llm.adapters import check_whole_model
 from rfa_llm.benchmark import (
     Run,
     at_best_learning_rate,
@@ -199,7 +198,6 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
         (args.retain_model, "retain", args.retain_config),
     ):
         if given is not None:
-            check_whole_model(given, f"{name}_model")
             if not (name == "retain" and is_scored):
                 read_config(given, f"{name}_model", "a causal language model")
             paths.append(str(Path(given)))

@@ -23,7 +23,6 @@ from transformers import (
     set_seed,
 )
 
-from rfa_llm.adapters import check_whole_model
 from rfa_llm.blocks import read_config
 from rfa_llm.cli.evaluate import EvaluateArguments, score, summary_table
 from rfa_llm.cli.finetune import finetune_trainer
@@ -206,7 +205,6 @@ def demo(args: DemoArguments) -> dict:
     if own:
         # Read now, so that what is missing ends the demo before the training and not after it.
         check_questions(load_question_sets(data_dir, None, "forget_perturbed", "retain_perturbed"), None)
-        check_whole_model(args.model, "model")
         read_config(args.model, "model", "a causal language model")
         if retain_model is not None:
             read_config(retain_model, "retain_model", "a causal language model")

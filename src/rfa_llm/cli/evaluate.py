@@ -9,7 +9,7 @@ import pandas as pd
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rfa_llm.adapters import base_revision, check_whole_model, on_its_base, read_adapter
+from rfa_llm.adapters import base_revision, on_its_base, read_adapter
 from rfa_llm.blocks import read_config
 from rfa_llm.cli.settings import DTYPES, read_settings
 from rfa_llm.data.formats import load_rows
@@ -82,7 +82,6 @@ def score(args: EvaluateArguments) -> dict:
     """
     if args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
-    check_whole_model(args.model_name_or_path, "model_name_or_path")
     if Path(args.output_file).exists():
         raise ValueError(f"output_file: {args.output_file!r} is there already; give another name, or delete it.")
     check_sizes(args.batch_size, args.max_new_tokens)
@@ -90,11 +89,11 @@ def score(args: EvaluateArguments) -> dict:
     if args.adapter_name_or_path is not None:
         adapter = read_adapter(args.adapter_name_or_path)
         source = base_revision(adapter.revision, adapter.base_model_name_or_path, args.model_name_or_path) | source
+    read_config(args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
     retain_log = check_questions(sets, args.retain_log, args.gradient_norm)
-    read_config(args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **source)
     if args.adapter_name_or_path is not None:
         model = on_its_base(model, args.adapter_name_or_path)

@@ -18,7 +18,6 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
-from rfa_llm.adapters import check_whole_model
 from rfa_llm.blocks import num_blocks, placed, read_config
 from rfa_llm.cli.settings import read_settings
 from rfa_llm.data.formats import check_tokenizer, load_rows, prepare
@@ -134,10 +133,9 @@ def main(argv: list[str]) -> None:
     data_args, training_args, model_args = read_settings(dataclasses, "finetune", argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
-    check_whole_model(model_args.model_name_or_path, "model_name_or_path")
-    dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     source = {"revision": model_args.model_revision}
     read_config(model_args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
+    dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     if model_args.attn_implementation is not None:
