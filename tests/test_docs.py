@@ -28,8 +28,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from rfa_llm import RFAConfig, RFATrainer
-from rfa_llm.benchmark import identity
-from rfa_llm.cli.benchmark import BenchmarkArguments, planned
+from rfa_llm.cli.benchmark import BenchmarkArguments, check_methods
 from rfa_llm.cli.main import COMMANDS
 from rfa_llm.data.formats import encode
 from rfa_llm.rivals import METHODS, RIVALS, RivalConfig, RivalTrainer
@@ -223,9 +222,7 @@ def test_the_blocks_of_a_page_run_from_its_top_to_its_end(page, workplace, hub):
                         encode(json.loads(line), tiny_tokenizer())
                 case "yaml":
                     # A recipe of the benchmark.
-                    args = BenchmarkArguments(**yaml.safe_load(block.code))
-                    for name in args.methods:
-                        identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
+                    check_methods(BenchmarkArguments(**yaml.safe_load(block.code)))
                 case language:
                     pytest.fail(f"{page.name}, line {block.line}: a block in {language!r} is not run; say how")
 

@@ -273,6 +273,16 @@ def planned(
     return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored)
 
 
+def check_methods(args: BenchmarkArguments) -> None:
+    """Check each method's settings by making its config.
+
+    Raises:
+        ValueError, TypeError: A setting is none of that method's trainer, or has a value that it does not take.
+    """
+    for name in args.methods:
+        identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
+
+
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table.
 
@@ -282,8 +292,7 @@ def benchmark(args: BenchmarkArguments) -> str:
     """
     # What is wrong ends it now and not after hours.
     check_can_draw()
-    for name in args.methods:
-        identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
+    check_methods(args)
 
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
