@@ -133,8 +133,11 @@ def test_the_targets_result_is_held_against_the_retain_only_models(finished, fol
 def test_runs_without_their_targets_result_are_refused(finished, folder, tmp_path):
     results = shutil.copytree(finished / "results", tmp_path / "results")
     (results / "target.json").unlink()
-    with pytest.raises(ValueError, match="results: .* has rfa_lr.*, but no target.json that would say which target"):
+    with pytest.raises(ValueError, match="results: .* has mine_lr.*, but no target.json that would say which target"):
         benchmark(arguments(folder, finished, results_dir=str(results)))
+    # Nor are those of another recipe, whose target would be another by the time that they are asked for.
+    with pytest.raises(ValueError, match="results: .* has mine_lr.*, but no target.json that would say which target"):
+        benchmark(arguments(folder, finished, results_dir=str(results), methods={"rfa": METHODS["rfa"]}))
 
 
 def test_an_adapter_is_no_target(finished, folder, tmp_path):
@@ -287,6 +290,58 @@ def test_committed_tables_and_pictures_are_those_of_their_results(folder, tmp_pa
     order = sorted(methods, key=lambda name: picture.index(f">{name}</text>"))
     draw(models, {name: methods[name] for name in order}, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text(encoding="utf-8") == picture
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("target", None, r"results: \S*target.json is no whole JSON file \(.*\); delete it"),
+        ("retain-only", None, r"results: \S*retain-only.json is no whole JSON file"),
+        ("rfa_lr0.001_seed0", None, r"results: \S*rfa_lr0.001_seed0.json is no whole JSON file"),
+        ("rfa_lr0.001_seed0", "", r"results: \S*rfa_lr0.001_seed0.json is no whole JSON file"),
+        ("rfa_lr0.001_seed0", "[]", r"results: \S*rfa_lr0.001_seed0.json is none that a benchmark wrote; delete it"),
+        ("rfa_lr0.001_seed0", "{}", r"results: \S*rfa_lr0.001_seed0.json is no result of a run; delete it"),
+    ],
+)
+def test_a_result_that_was_cut_short_is_named(name, text, message, finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    file = results / f"{name}.json"
+    file.write_text(file.read_text()[:-20] if text is None else text)
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
+
+
+def test_a_copy_of_a_result_is_no_other_seed(finished, folder, tmp_path):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    shutil.copy(results / "mine_lr0.01_seed0.json", results / "mine_lr0.01_seed0 (1).json")
+    with pytest.raises(ValueError, match=r"seed0 \(1\).json is not where the result of mine_lr0.01_seed0 would be"):
+        benchmark(arguments(folder, finished, results_dir=str(results)))
+
+
+def test_the_seeds_of_a_method_are_in_the_order_of_their_numbers(finished, folder, tmp_path, monkeypatch):
+    results = shutil.copytree(finished / "results", tmp_path / "results")
+    # As text, 10 comes before 2.
+    for seed in (2, 10):
+        content = read(results / "mine_lr0.01_seed3.json")
+        content["run"]["seed"] = content["in_full"]["seed"] = seed
+        (results / f"mine_lr0.01_seed{seed}.json").write_text(json.dumps(content))
+    (results / "mine_lr0.01_seed0.json").unlink()
+    drawn = []
+    monkeypatch.setattr(cli_benchmark, "draw", lambda models, methods, path: drawn.append(methods["mine"]))
+    benchmark(arguments(folder, finished, only=["rfa"], results_dir=str(results)))
+    assert [one["run"]["seed"] for one in drawn[0]] == [2, 3, 10]
+
+
+def test_what_a_kill_left_of_a_finished_run_is_removed(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    run = out / "runs" / "mine_lr0.01_seed0"
+    for left in ("checkpoint-4", "points"):
+        (run / left).mkdir()
+        (run / left / "file").touch()
+    benchmark(arguments(folder, out))
+    assert {file.name for file in run.iterdir()} == {
+        file.name for file in (finished / "runs" / "mine_lr0.01_seed0").iterdir()
+    }
 
 
 def test_a_result_of_another_default_is_refused(finished, folder, tmp_path):

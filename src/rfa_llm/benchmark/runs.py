@@ -82,6 +82,21 @@ def run_name(run: Run) -> str:
     return f"{run.method}_lr{run.learning_rate:g}_seed{run.seed}"
 
 
+def read_result(file: Path) -> dict:
+    """What is in a JSON file of the comparison.
+
+    Raises:
+        ValueError: It was cut short, or is another file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"results: {file} is no whole JSON file ({error}); delete it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"results: {file} is none that a benchmark wrote; delete it.")
+    return content
+
+
 def point(log: Mapping[str, dict], step: int) -> dict:
     """What a result file keeps of a log: the aggregate numbers and the forget set's truth ratios, none of the text."""
     ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
@@ -119,7 +134,7 @@ def score_model(
             not keep all of that.
     """
     if result.exists():
-        content = json.loads(result.read_text(encoding="utf-8"))
+        content = read_result(result)
         if "compared_with" not in content:
             raise ValueError(
                 f"results: {result} does not hold what runs are compared with, for it is of an earlier version; "
@@ -267,13 +282,14 @@ def train_and_score(
         ValueError: a result of other settings is there, or what an interrupted run of others has left.
     """
     if result.exists():
-        content = json.loads(result.read_text(encoding="utf-8"))
+        content = read_result(result)
         check_settings(run, content, result)
+        _tidy(folder)
         return content
     # What an interrupted run has left is this one's only if it says so.
     begun = folder / "run.json"
     if begun.exists():
-        check_settings(run, json.loads(begun.read_text(encoding="utf-8")), folder)
+        check_settings(run, read_result(begun), folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         write_log(identity(run), begun)
@@ -283,7 +299,7 @@ def train_and_score(
     bar_alone(trainer)
     trainer.train(resume_from_checkpoint=newest_whole_checkpoint(str(folder)))
     trainer.save_model()
-    measured = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "points").glob("*.json")]
+    measured = [read_result(file) for file in (folder / "points").glob("*.json")]
     content = {
         "method": run.method,
         **identity(run),
@@ -293,10 +309,14 @@ def train_and_score(
         **environment(),
     }
     write_log(content, result)
-    for done in folder.glob("checkpoint-*"):
-        shutil.rmtree(done)
-    shutil.rmtree(folder / "points")
+    _tidy(folder)
     return content
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a run whose result is written has no more use for; a kill may have left some of it."""
+    for done in (*folder.glob("checkpoint-*"), *folder.glob("points")):
+        shutil.rmtree(done)
 
 
 def make_trainer(

@@ -24,6 +24,7 @@ from rfa_llm.benchmark import (
     check_settings,
     draw,
     identity,
+    read_result,
     rows_digest,
     run_name,
     score_model,
@@ -41,7 +42,7 @@ from rfa_llm.evaluation import write_log
 from rfa_llm.evaluation.scores import BrokenModelError
 from rfa_llm.evaluation.suite import check_sizes
 
-# What the result files of a method are called.
+# What the result files of a method are called; with a star in the name's place, those of all.
 RESULT = "{name}_lr*_seed*.json"
 # Beside a model that was fine-tuned here, what it was fine-tuned on.
 TRAINED_ON = "trained_on.json"
@@ -214,7 +215,7 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
         }
         if path.exists():
             note = path / TRAINED_ON
-            if not note.exists() or _read(note) != trained_on:
+            if not note.exists() or read_result(note) != trained_on:
                 raise ValueError(
                     f"output_dir: {path} was not fine-tuned from base_model={args.base_model!r} with "
                     f"finetuning={args.finetuning} on the rows that {rows} has; choose another folder."
@@ -331,7 +332,8 @@ def benchmark(args: BenchmarkArguments) -> str:
         return score_model(name, model, sets, rows, scored, results / f"{name}.json", log_file, scoring)
 
     target_file = results / "target.json"
-    orphans = [file.name for name in args.methods for file in results.glob(RESULT.format(name=name))]
+    # Of other recipes too: their runs would be held against this target's utility later.
+    orphans = sorted(file.name for file in results.glob(RESULT.format(name="*")))
     if orphans and not target_file.exists():
         raise ValueError(
             f"results: {results} has {orphans[0]}, but no {target_file.name} that would say which target it is of; "
@@ -366,13 +368,24 @@ def benchmark(args: BenchmarkArguments) -> str:
         """A method's results, of other times too, at the learning rate that is best on the seed that has most."""
         done = []
         for file in sorted(results.glob(RESULT.format(name=name))):
-            found = _read(file)
+            found = read_result(file)
+            if "run" not in found:
+                raise ValueError(f"results: {file} is no result of a run; delete it.")
             of = found["run"]
             # The name of a method may begin with another's.
-            if of["method"] == name:
-                check_settings(prepared(name, of["learning_rate"], of["seed"]), found, file)
-                check_reference(found, retain_result, file)
-                done.append(found)
+            if of["method"] != name:
+                continue
+            asked = prepared(name, of["learning_rate"], of["seed"])
+            # A copy would count as one more seed.
+            if file.stem != run_name(asked):
+                raise ValueError(
+                    f"results: {file} is not where the result of {run_name(asked)} would be; delete it, or give it "
+                    "that name."
+                )
+            check_settings(asked, found, file)
+            check_reference(found, retain_result, file)
+            done.append(found)
+        done.sort(key=lambda one: one["run"]["seed"])
         return at_best_learning_rate(done, utility) if done else []
 
     # Results that do not belong here end it now, too.
@@ -398,10 +411,6 @@ def benchmark(args: BenchmarkArguments) -> str:
             "ones."
         )
     return text
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main(argv: list[str]) -> None:
