@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rfa_llm.benchmark.environment import environment
 from rfa_llm.benchmark.runs import point
-from rfa_llm.cli.benchmark import unseen
+from rfa_llm.cli.benchmark import holdout_halves
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets
 from rfa_llm.evaluation import evaluate_tofu, write_log
@@ -42,9 +42,7 @@ def main() -> None:
 
     sets = load_question_sets(args.data_dir, args.facts_dir, "forget_perturbed", "retain_perturbed")
     full = load_rows(args.full, "full")
-    new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), full, full)
-    new = new.shuffle(seed=0, keep_in_memory=True)
-    sets["holdout"] = new.select(range(min(len(sets["forget"]), len(new) // 2)))
+    sets["holdout"], _ = holdout_halves(load_rows(args.holdout_dataset, "holdout_dataset"), sets["forget"], full)
 
     retain_log = json.loads(args.retain_result.read_text("utf-8"))["compared_with"]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()

@@ -22,6 +22,7 @@ from rfa_llm.benchmark import (
     draw,
     runs,
     score_model,
+    sees_holdout,
     table,
     train_and_score,
 )
@@ -117,6 +118,12 @@ def test_what_stops_by_itself_sees_other_holdout_rows_than_the_attacks(finished,
     assert not stop_rows & attack_rows and not seen & (stop_rows | attack_rows)
     (result,) = (read(file) for file in (tmp_path / "out" / "results").glob("rfa_lr*.json"))
     assert {"mia_loss", "mia_min_k", "mia_reference", "privleak"} <= set(result["points"][-1]["summary"])
+
+    # Other rows to stop by are another run; of the attacks' rows the results say so themselves.
+    rows = [{**row, "answer": "w9"} if row["question"] in stop_rows else row for row in rows]
+    (tmp_path / "holdout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ValueError, match=r"rfa_lr\S*.json is of the settings {'stop_rows': 'sha256:\S*'}, not {'"):
+        benchmark(arguments(folder, tmp_path / "out", **settings))
 
 
 def test_the_targets_result_is_held_against_the_retain_only_models(finished, folder, tmp_path):
@@ -267,6 +274,7 @@ def test_committed_results_are_of_their_config_and_todays_defaults(results, conf
         run = content["run"]
         settings = {"use_cpu": run["settings"]["use_cpu"], **config["training"], **config["methods"][run["method"]]}
         settings.pop("learning_rates", None)
+        assert ("stop_rows" in run) == sees_holdout(settings)
         check_settings(Run(**{**run, "settings": settings}), content, file)
         check_reference(content, read(file.with_name("retain-only.json")), file)
 
@@ -573,6 +581,39 @@ def test_the_holdout_rows_are_those_that_no_model_saw():
         unseen(Dataset.from_list([{"text": "a"}]), forget, retain)
     with pytest.raises(ValueError, match="holdout_dataset: 0 of its 4 rows are in neither"):
         unseen(retain, forget, retain)
+    with pytest.raises(ValueError, match="holdout_dataset row 1: answer is None; give text or drop the row"):
+        unseen(Dataset.from_list([new[0], {**new[1], "answer": None}]), forget, retain)
+
+
+def test_a_holdout_set_whose_questions_are_all_drawn_for_the_attacks(folder, tmp_path):
+    first, second = tiny_rows(2, first=60)
+    # Shuffled, the other question is among the first two.
+    (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (first, first, second, first)))
+    settings = {"holdout_dataset": str(tmp_path / "new.jsonl"), "base_model": "nowhere"}
+    settings["methods"] = {"rfa": {"trainer": "rfa", "stop_at": "calibrated"}}
+    with pytest.raises(ValueError, match="^holdout_dataset: the rows that are drawn for the membership attacks"):
+        benchmark(arguments(folder, tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forget_perturbed_config": "retain_perturbed"}, "^forget_perturbed_config: 13 of its 14 questions are not"),
+        ({"retain_perturbed_config": "forget_perturbed"}, "^retain_perturbed_config: 6 of its 6 rows are in the"),
+        ({"retain_config": "full"}, "^forget_config, retain_config: 6 rows are in both sets; remove them from one"),
+        ({"forget_perturbed_config": "forget"}, r"^the question set 'forget' lacks the columns \['paraphrased"),
+        ({"forget_config": "texts"}, r"^forget_config: its columns are \['text'\]; give rows of question and answer"),
+        ({"facts_dir": "nowhere"}, "^facts_dir 'nowhere' has no real_authors_perturbed.jsonl"),
+        ({"forget_config": "empty"}, "^data_dir's empty.jsonl is empty; give at least one row"),
+    ],
+)
+def test_rows_that_do_not_go_together_are_refused_before_any_training(changes, message, folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    (data / "texts.jsonl").write_text('{"text": "w1 w2"}\n')
+    (data / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, tmp_path / "out", data_dir=str(data), **changes))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -652,7 +693,8 @@ def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path
     other = {"data_dir": str(data), "results_dir": str(finished / "results")}
     # As many rows, and one of them of other words.
     forget = (data / "forget.jsonl").read_text()
-    (data / "forget.jsonl").write_text(forget.replace("w0 ", "w1 ", 1))
+    first, _, others = forget.partition("\n")
+    (data / "forget.jsonl").write_text(f"{json.dumps({**json.loads(first), 'answer': 'w1'})}\n{others}")
     with pytest.raises(ValueError, match="results: .*retain-only.json is of other forget, retain or question rows"):
         benchmark(arguments(folder, finished, **other))
     (data / "forget.jsonl").write_text(forget)
@@ -696,6 +738,7 @@ def test_a_result_that_does_not_belong_here_is_named_before_any_training(finishe
     results = shutil.copytree(finished / "results", tmp_path / "results")
     stale = read(results / "mine_lr0.01_seed0.json")
     stale["run"]["max_steps"] = 2
+    stale["run"]["seed"] = stale["in_full"]["seed"] = 5
     (results / "mine_lr0.01_seed5.json").write_text(json.dumps(stale))
     (results / "rfa_lr0.001_seed0.json").unlink()
     with pytest.raises(ValueError, match=r"mine_lr0.01_seed5.json is of the settings .*'max_steps': 2"):

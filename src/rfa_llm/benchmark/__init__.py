@@ -10,6 +10,7 @@ from rfa_llm.benchmark.runs import (
     rows_digest,
     run_name,
     score_model,
+    sees_holdout,
     train_and_score,
 )
 from rfa_llm.benchmark.table import at_best_learning_rate, table
@@ -26,6 +27,7 @@ __all__ = [
     "rows_digest",
     "run_name",
     "score_model",
+    "sees_holdout",
     "table",
     "train_and_score",
 ]

@@ -54,6 +54,7 @@ class Run:
         rows: what it is trained on and asked, from `rows_digest`.
         scored: what else its scores hang on: `max_new_tokens` and `holdout`, a digest of the rows that the membership
             attacks are held against.
+        stop_rows: a digest of the holdout rows that `stop_at` sees, for a run where it sees any (`sees_holdout`).
     """
 
     method: str
@@ -64,6 +65,13 @@ class Run:
     points: int
     rows: str
     scored: Mapping[str, object]
+    stop_rows: str | None = None
+
+
+def sees_holdout(settings: Mapping[str, object]) -> bool:
+    """Whether a method with these settings trains with holdout rows: `stop_at` without a teacher, or by `holdout`."""
+    stops = settings.get("stop_at") is not None
+    return stops and (settings.get("teacher") is None or bool(settings.get("holdout", False)))
 
 
 def rows_digest(forget: Dataset, retain: Dataset, sets: Mapping[str, Dataset]) -> str:
@@ -218,6 +226,8 @@ def identity(run: Run) -> dict[str, dict]:
     in_full["lora"] = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout, **lora}
     settings = {name: value for name, value in run.settings.items() if (name, value) != ("holdout", False)}
     asked = {**vars(run), "settings": settings, "scored": dict(run.scored)}
+    if run.stop_rows is None:
+        del asked["stop_rows"]
     # As it is read again.
     return json.loads(json.dumps({"run": asked, "in_full": in_full}))
 
@@ -332,7 +342,7 @@ def make_trainer(
     if lora is not None:
         given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     if isinstance(args, RFAConfig):
-        needs_holdout = args.stop_at is not None and (args.teacher is None or run.settings.get("holdout", False))
+        needs_holdout = sees_holdout(run.settings)
         if needs_holdout and holdout is None:
             raise ValueError(f"holdout: {run.method!r} is to see holdout rows, and none are given; give some.")
         return RFATrainer(model, args, **given, **({"holdout_dataset": holdout} if needs_holdout else {}))

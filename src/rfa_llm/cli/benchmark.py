@@ -28,6 +28,7 @@ from rfa_llm.benchmark import (
     rows_digest,
     run_name,
     score_model,
+    sees_holdout,
     table,
     train_and_score,
 )
@@ -40,7 +41,7 @@ from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import write_log
 from rfa_llm.evaluation.scores import BrokenModelError
-from rfa_llm.evaluation.suite import check_sizes
+from rfa_llm.evaluation.suite import check_questions, check_sizes
 
 # What the result files of a method are called; with a star in the name's place, those of all.
 RESULT = "{name}_lr*_seed*.json"
@@ -138,8 +139,7 @@ class BenchmarkArguments:
             if not isinstance(lora, dict):
                 raise ValueError(f"methods: {name!r} has lora: {lora!r}; give fields of LoraConfig with their values.")
             whole = {**(self.training or {}), **settings}
-            without_one = whole.get("teacher") is not None and not whole.get("holdout", False)
-            if whole.get("stop_at") is not None and not without_one and self.holdout_dataset is None:
+            if sees_holdout(whole) and self.holdout_dataset is None:
                 raise ValueError(
                     f"holdout_dataset: none is given, and {name!r} has stop_at={whole['stop_at']!r} and "
                     f"{'holdout' if whole.get('holdout') else 'no teacher'}; give rows that no model saw."
@@ -247,14 +247,56 @@ def _emptied(path: Path) -> Path:
     return making
 
 
+def check_rows(forget: Dataset, retain: Dataset, sets: dict[str, Dataset]) -> None:
+    """Check that what is asked is of what is trained on.
+
+    Args:
+        forget, retain: the sets to train on.
+        sets: the questions, as `evaluate_tofu` takes them.
+
+    Raises:
+        ValueError: The two share a row or have other columns than TOFU's, a question of the forget set's is of another
+            set, or one of the retain set's is to be forgotten.
+    """
+    for setting, rows in (("forget_config", forget), ("retain_config", retain)):
+        if not {"question", "answer"} <= set(rows.column_names):
+            raise ValueError(f"{setting}: its columns are {rows.column_names}; give rows of question and answer.")
+    check_questions(sets, None)
+
+    def pairs(rows: Dataset) -> set[tuple[str, str]]:
+        return set(zip(rows["question"], rows["answer"], strict=True))
+
+    both = len(pairs(forget) & pairs(retain))
+    if both:
+        raise ValueError(f"forget_config, retain_config: {both} rows are in both sets; remove them from one of them.")
+    questions = set(forget["question"])
+    others = sum(question not in questions for question in sets["forget"]["question"])
+    if others:
+        raise ValueError(
+            f"forget_perturbed_config: {others} of its {len(sets['forget'])} questions are not in the forget set "
+            "(forget_config); give the perturbed split of that set."
+        )
+    forgotten = len(pairs(forget) & pairs(sets["retain"]))
+    if forgotten:
+        raise ValueError(
+            f"retain_perturbed_config: {forgotten} of its {len(sets['retain'])} rows are in the forget set "
+            "(forget_config); give questions of what should stay."
+        )
+
+
 def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
-    """The rows whose questions are in neither set.
+    """The rows, question and answer alone, whose questions are in neither set.
 
     Raises:
         ValueError: They have no questions and answers, or less than two questions are in neither.
     """
     if not {"question", "answer"} <= set(rows.column_names):
         raise ValueError(f"holdout_dataset: its columns are {rows.column_names}; give rows of question and answer.")
+    rows = rows.select_columns(["question", "answer"])
+    for index, row in enumerate(rows):
+        for column, text in row.items():
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"holdout_dataset row {index}: {column} is {text!r}; give text or drop the row.")
     trained = {*forget["question"], *retain["question"]}
     indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
     if len({rows["question"][index] for index in indices}) < 2:
@@ -265,13 +307,42 @@ def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
     return rows.select(indices)
 
 
+def holdout_halves(rows: Dataset, forget: Dataset, retain: Dataset) -> tuple[Dataset, Dataset]:
+    """The rows that the membership attacks are scored on, and others for `stop_at`, which may be none.
+
+    A run that stops by itself is not scored on what it has seen. The rows are drawn, because TOFU asks every author
+    the same kinds of question in the same order.
+
+    Args:
+        rows: A holdout set.
+        forget, retain: As of `unseen`. Each half has at most as many rows as the forget set.
+
+    Raises:
+        ValueError: As of `unseen`.
+    """
+    new = unseen(rows, forget, retain).shuffle(seed=0, keep_in_memory=True)
+    number = min(len(forget), len(new) // 2)
+    attacked = new.select(range(number))
+    # A set may ask a question twice.
+    scored_on = set(attacked["question"])
+    others = [i for i, question in enumerate(new["question"]) if i >= number and question not in scored_on]
+    return attacked, new.select(others[:number])
+
+
 def planned(
-    args: BenchmarkArguments, name: str, learning_rate: float, seed: int, rows: str, scored: dict[str, object]
+    args: BenchmarkArguments,
+    name: str,
+    learning_rate: float,
+    seed: int,
+    rows: str,
+    scored: dict[str, object],
+    stop_rows: str | None = None,
 ) -> Run:
-    """One run of a method; `rows` and `scored` as `Run` has them."""
-    settings = {"use_cpu": args.use_cpu, **(args.training or {}), **args.methods[name]}
-    settings.pop("learning_rates", None)
-    return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored)
+    """One run of a method; `rows`, `scored` and `stop_rows` as `Run` has them, where the method sees holdout rows."""
+    own = {setting: value for setting, value in args.methods[name].items() if setting != "learning_rates"}
+    settings = {"use_cpu": args.use_cpu, **(args.training or {}), **own}
+    seen = stop_rows if sees_holdout(settings) else None
+    return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored, seen)
 
 
 def check_methods(args: BenchmarkArguments) -> None:
@@ -307,24 +378,21 @@ def benchmark(args: BenchmarkArguments) -> str:
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
     sets = load_question_sets(data_dir, args.facts_dir, args.forget_perturbed_config, args.retain_perturbed_config)
     forget, retain = load_tofu(args.forget_config, data_dir), load_tofu(args.retain_config, data_dir)
-    holdout, scored = None, {"max_new_tokens": args.max_new_tokens, "holdout": None}
+    check_rows(forget, retain, sets)
+    holdout, scored, stop_rows = None, {"max_new_tokens": args.max_new_tokens, "holdout": None}, None
     if args.holdout_dataset is not None:
-        # Some rows are for the membership attacks, others for what stops by itself, so that it is not scored on what
-        # it has seen. Drawn, because TOFU asks every author the same kinds of question in the same order.
-        new = unseen(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
-        new = new.shuffle(seed=0, keep_in_memory=True)
-        number = min(len(forget), len(new) // 2)
-        sets["holdout"] = new.select(range(number))
-        # A set may ask a question twice.
-        scored_on = set(sets["holdout"]["question"])
-        others = [i for i, question in enumerate(new["question"]) if i >= number and question not in scored_on]
-        holdout = new.select(others[:number])
-        scored["holdout"] = digest(json.dumps(sets["holdout"][:]))
+        sets["holdout"], holdout = holdout_halves(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
+        scored["holdout"], stop_rows = (digest(json.dumps(half[:])) for half in (sets["holdout"], holdout))
+        if not len(holdout) and any(sees_holdout({**(args.training or {}), **one}) for one in args.methods.values()):
+            raise ValueError(
+                "holdout_dataset: the rows that are drawn for the membership attacks have all its questions, and none "
+                "is left for stop_at; give more questions that no model saw."
+            )
     if args.demo_models:
         retain = concatenate_datasets([retain, load_tofu("facts", data_dir)])
     target, retain_only = made or make_missing_models(args, folder, results)
     rows = rows_digest(forget, retain, sets)
-    prepared = partial(planned, args, rows=rows, scored=scored)
+    prepared = partial(planned, args, rows=rows, scored=scored, stop_rows=stop_rows)
     scoring = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
 
     def whole(name: str, model: str) -> dict:

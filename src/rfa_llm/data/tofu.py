@@ -9,7 +9,7 @@ from datasets import Dataset, load_dataset
 from rfa_llm.data.formats import load_rows
 
 
-def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
+def load_tofu(config: str, data_dir: str | None = None, field: str = "data_dir") -> Dataset:
     """One configuration of TOFU.
 
     Args:
@@ -17,6 +17,7 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
             "real_authors_perturbed".
         data_dir: a folder with one file `{config}.jsonl` for each configuration; None takes `locuslab/TOFU` from the
             Hub.
+        field: the setting that the folder came from, named in errors.
 
     Returns:
         A Dataset with the columns `question` and `answer`; a perturbed configuration has `perturbed_answer` too (list
@@ -31,8 +32,8 @@ def load_tofu(config: str, data_dir: str | None = None) -> Dataset:
     if not path.is_file():
         found = sorted(file.stem for file in Path(data_dir).glob("*.jsonl"))
         mend = f"give one of {found}" if found else "give the folder that holds TOFU's .jsonl files"
-        raise ValueError(f"data_dir {data_dir!r} has no {path.name} for config {config!r}; {mend}.")
-    return load_rows(str(path), "data_dir")
+        raise ValueError(f"{field} {data_dir!r} has no {path.name} for config {config!r}; {mend}.")
+    return load_rows(str(path), f"{field}'s {path.name}")
 
 
 def load_question_sets(
@@ -48,10 +49,10 @@ def load_question_sets(
     Raises:
         ValueError: as from `load_tofu`.
     """
-    facts_dir = facts_dir or data_dir
+    facts = (data_dir, "data_dir") if facts_dir is None else (facts_dir, "facts_dir")
     return {
         "forget": load_tofu(forget_config, data_dir),
         "retain": load_tofu(retain_config, data_dir),
-        "real_authors": load_tofu("real_authors_perturbed", facts_dir),
-        "world_facts": load_tofu("world_facts_perturbed", facts_dir),
+        "real_authors": load_tofu("real_authors_perturbed", *facts),
+        "world_facts": load_tofu("world_facts_perturbed", *facts),
     }
