@@ -380,6 +380,29 @@ def test_a_result_of_an_earlier_version_is_named(name, lost, message, finished, 
         benchmark(arguments(folder, finished, results_dir=str(results)))
 
 
+def test_a_run_that_has_nothing_to_forget_ends_no_other(finished, folder, tmp_path):
+    (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tiny_rows(12, first=60)))
+    # The retain-only model never saw the forget set.
+    settings = {f"{name}_model": str(finished / "models" / "retain") for name in ("target", "retain")}
+    settings["methods"] = {"x": {"trainer": "rfa", "stop_at": "calibrated"}, "mine": METHODS["mine"]}
+    settings |= {"holdout_dataset": str(tmp_path / "new.jsonl"), "learning_rates": [1e-3], "seeds": [0]}
+    with pytest.raises(ValueError, match=r"^methods: there is no result of x_lr0.001_seed0 \(stop_at: .* no more"):
+        benchmark(arguments(folder, tmp_path / "out", **settings))
+    assert "| mine, last step |" in (tmp_path / "out" / "results" / "table.md").read_text()
+
+
+def test_a_retain_only_model_to_which_all_forget_rows_look_known_has_no_privleak(finished, folder, tmp_path):
+    (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tiny_rows(12, first=60)))
+    # It saw them.
+    settings = {f"{name}_model": str(finished / "models" / "target") for name in ("target", "retain")}
+    settings |= {"holdout_dataset": str(tmp_path / "new.jsonl"), "seeds": [0], "only": ["mine"]}
+    benchmark(arguments(folder, tmp_path / "out", **settings))
+    results = tmp_path / "out" / "results"
+    assert read(results / "retain-only.json")["compared_with"]["mia_min_k"]["agg_value"] == 1
+    found = read(results / "mine_lr0.01_seed0.json")["points"][0]["summary"]
+    assert "mia_min_k" in found and "privleak" not in found
+
+
 @pytest.mark.parametrize("holdout, level", [(False, "goal_answer_loss"), (True, "retrained_answer_loss")])
 def test_a_teacher_gets_holdout_rows_where_they_are_asked_for(holdout, level, finished, folder, tmp_path):
     models, data = finished / "models", str(folder / "data")
@@ -439,7 +462,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, folder, tmp_pat
 def test_a_run_whose_loss_is_not_finite_ends_no_other(finished, folder, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "results" / "table.md").unlink()
-    with pytest.raises(ValueError, match=r"^learning_rates: rfa_lr1e\+30_seed0 came to losses that are not finite"):
+    with pytest.raises(ValueError, match=r"^methods: there is no result of rfa_lr1e\+30_seed0 \(.* is NaN; .*\); t"):
         benchmark(arguments(folder, out, learning_rates=[1e30, 1e-3]))
     names = {file.name for file in (finished / "results").iterdir()}
     assert {file.name for file in (out / "results").iterdir()} == names
@@ -551,7 +574,10 @@ def test_target_and_retain_only_are_scored_once(finished, folder):
     before = file.stat().st_mtime_ns
     log = finished / "logs" / "target.json"
     of = (read(file)["rows"], read(file)["scored"])
-    assert score_model("target", "nowhere", {}, *of, file, log, {}) == read(file)
+    assert score_model("target", "nowhere", {}, *of, file, log, {}, may_be_missing=True) == read(file)
+    # Of a target, on the Hub too, a result alone is not taken.
+    with pytest.raises(OSError, match="(?i)not a (valid|local)|couldn't"):
+        score_model("target", "nowhere", question_sets(folder), *of, file, log, {})
     assert file.stat().st_mtime_ns == before
 
 
@@ -635,10 +661,13 @@ def test_rows_that_do_not_go_together_are_refused_before_any_training(changes, m
         ({"seeds": []}, "learning_rates, seeds: both need at least one"),
         ({"seeds": [0, -1]}, "seeds: -1 is no seed; give whole numbers from 0 to 4294967295"),
         ({"seeds": [0.5]}, "seeds: 0.5 is no seed"),
-        ({"learning_rates": [1e-2, -1.0]}, "learning_rates: -1.0 is not above 0"),
+        ({"learning_rates": [1e-2, -1.0]}, "learning_rates: -1.0 is no finite number above 0"),
         ({"methods": ["rfa"]}, r"methods: \['rfa'\] is no mapping; give names with their values"),
         ({"training": [1]}, r"training: \[1\] is no mapping"),
-        ({"methods": {"r[1]": {"trainer": "rfa"}}}, r"methods: 'r\[1\]' becomes part of file names; use letters"),
+        (
+            {"methods": {"r[1]": {"trainer": "rfa"}}},
+            r"methods: 'r\[1\]' becomes part of file names; give text .* letters",
+        ),
         ({"methods": {"rfa": {"trainer": "rfa", "lora": 4}}}, "methods: 'rfa' has lora: 4; give fields of LoraConfig"),
         ({"methods": {"rfa": {"trainer": "rfa", "learning_rates": []}}}, r"has learning_rates: \[\]; give a list"),
         ({"data_dir": None}, "data_dir: no data is given"),
@@ -646,7 +675,21 @@ def test_rows_that_do_not_go_together_are_refused_before_any_training(changes, m
             {"demo_models": True},
             "demo_models: it makes up models and data and would not read base_model, finetuning",
         ),
-        ({"max_new_tokens": 0}, "batch_size, max_new_tokens: 16 and 0 must both be 1 or more"),
+        ({"max_new_tokens": 0}, "batch_size, max_new_tokens: 16 and 0 must both be whole numbers of 1 or more"),
+        ({"batch_size": 8.0}, "batch_size, max_new_tokens: 8.0 and 4 must both be whole numbers of 1 or more"),
+        ({"results_dir": 5}, "results_dir: 5 is no text; give a path"),
+        ({"data_dir": 5}, "data_dir: 5 is no text; give a path"),
+        ({"seeds": [True]}, "seeds: True is no seed"),
+        ({"learning_rates": [float("inf")]}, "learning_rates: inf is no finite number above 0"),
+        ({"only": [1, "a"]}, r"only: \[1, 'a'\] are not among the methods"),
+        ({"methods": {1: {"trainer": "rfa"}}}, "methods: 1 becomes part of file names; give text .in quotes"),
+        (
+            {"methods": {"_x": {"trainer": "rfa"}}},
+            "methods: '_x' becomes part of file names; .* a letter or digit first",
+        ),
+        ({"methods": {"target": {"trainer": "rfa"}}}, "methods: 'target' is the name of a row of the table already"),
+        ({"methods": {"x": {"trainer": ["npo"]}}}, "methods: 'x' is {'trainer': .* give it a `trainer`"),
+        ({"training": {"lora": 4}}, "methods: 'rfa' has lora: 4; give fields of LoraConfig"),
     ],
 )
 def test_bad_arguments_are_refused(folder, tmp_path, changes, message):
@@ -680,12 +723,56 @@ def test_a_missing_model_without_a_base_is_refused(folder, tmp_path):
             r"methods: 'x' has learning_rates: 0.001; give a list, such as \[",
         ),
         ({"trainer": "rfa", "learning_rates": ["1e-3"]}, "learning_rates: '1e-3' is no number with a dot"),
+        ({"trainer": "rfa", "gradient_accumulation_steps": 0}, "gradient_accumulation_steps: 0 is not positive"),
+        ({"trainer": "npo", "lora": {"lora_dropout": "5e-2"}}, "'x' has lora with 'lora_dropout' as the text '5e-2'"),
+        ({"trainer": "npo", "lora": {"rr": 4}}, r"methods: 'x' has lora: {'rr': 4} \(.*\); give fields of LoraConfig"),
+        ({"trainer": "npo", "lora": {"r": 0}}, r"methods: 'x' has lora: {'r': 0} \(peft_config: r=0 is no rank"),
+        ({"trainer": "npo", "lora": {"bias": "all"}}, r"methods: 'x' has lora: .* \(peft_config: bias='all' trains"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_training(settings, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         benchmark(arguments(folder, tmp_path, methods={**METHODS, "x": settings}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetuning": {"learning_rate": "1e-2"}}, "^finetuning: it has 'learning_rate' as the text '1e-2'; YAML"),
+        ({"finetuning": {"max_step": 4}}, "^finetuning: .*'max_step'; give settings of `rfa-llm finetune`"),
+        ({"training": {"learning_rates": [5e-3]}}, "^methods: 'rfa' has 'learning_rates', which is no field of RFAC"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_training(changes, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "results_dir"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_training(setting, folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^{setting}: .*file/folder cannot be written to; give another folder"):
+        benchmark(arguments(folder, **{"output_dir": tmp_path / "out", setting: str(tmp_path / "file" / "folder")}))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "nowhere"}, "^methods: 'x' has teacher: 'nowhere' is no model .* the checkpoint from before"),
+        ({"blocks": [99]}, "^blocks: 99 is out of range for a model of 4 blocks"),
+    ],
+)
+def test_a_setting_that_the_models_do_not_have_is_refused_before_any_run(
+    settings, message, finished, folder, tmp_path
+):
+    methods = {"y": METHODS["mine"], "x": {"trainer": "rfa", **settings}}
+    models = {f"{name}_model": str(finished / "models" / name) for name in ("target", "retain")}
+    with pytest.raises(ValueError, match=message):
+        benchmark(arguments(folder, tmp_path / "out", methods=methods, **models))
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_and_models_of_other_rows_are_refused(finished, folder, tmp_path):

@@ -363,9 +363,9 @@ def test_bad_sets_are_refused_before_any_scoring(tokenizer, sets):
         seen = concatenate_datasets([HOLDOUT, sets["forget"].select_columns(["question", "answer"]).select([0])])
         with pytest.raises(ValueError, match=f"^1 rows of .* 'holdout' are in '{name}' too, the first of them row 2 "):
             evaluate(holdout=seen, forget=asked)
-    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 0 and 200 must both be 1 or more"):
+    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 0 and 200 must both be whole numbers of 1"):
         evaluate_tofu(None, tokenizer, sets, batch_size=0)
-    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 16 and 0 must both be 1 or more"):
+    with pytest.raises(ValueError, match="batch_size, max_new_tokens: 16 and 0 must both be whole numbers of 1"):
         evaluate_tofu(None, tokenizer, sets, max_new_tokens=0)
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="tokenizer without a pad and an end token"):

@@ -40,6 +40,10 @@ MENDS = {
 }
 
 
+class NothingToForgetError(ValueError):
+    """The forget set is as unlikely as ignorance would make it before any training."""
+
+
 class StopWhenCalibrated(TrainerCallback):
     """Ends the training when the forget set's answers are as unlikely as ignorance would make them, and scales the
     adapter so that they are just that.
@@ -65,8 +69,8 @@ class StopWhenCalibrated(TrainerCallback):
         is_new: whether `look` is yet to be logged.
 
     Raises:
-        ValueError: From the training's begin, when there is nothing to forget: the level is reached without it; or
-            when a checkpoint from after the scaling does not give its loss.
+        NothingToForgetError: From the training's begin, when the level is reached without it.
+        ValueError: Likewise, when a checkpoint from after the scaling does not give its loss.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class StopWhenCalibrated(TrainerCallback):
         with adapter_off(model):
             known = self._loss(args, model)
         if known > (1 - TOLERANCE) * self._level:
-            raise ValueError(
+            raise NothingToForgetError(
                 f"stop_at: the forget set's answers have a loss of {known:.3f} nats a token before any training, and "
                 f"{self._level_name}, which stands for ignorance, is {self._level:.3f}: they look no more familiar; "
                 f"{MENDS[self._level_name]}, or leave stop_at out."

@@ -95,7 +95,7 @@ class UnlearningConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length: {self.max_length} keeps no token; give 1 or more, or None for all.")
         self._check_positive("learning_rate")
-        self._check_positive("per_device_train_batch_size", whole=True)
+        self._check_positive("per_device_train_batch_size", "gradient_accumulation_steps", whole=True)
         for name in ("forget_tokens", "retain_tokens"):
             self._check_choice(name, ("answer", "all"))
         # batch_rebalance looks for token ids in rows that are pairs here.

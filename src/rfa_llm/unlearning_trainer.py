@@ -142,7 +142,7 @@ class UnlearningTrainer(Trainer):
             raise TypeError(
                 f"model: got a {type(model).__name__}; pass an id or path as text, a causal LM or a PeftModel."
             )
-        _check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
+        check_peft_config(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         is_path = isinstance(model, str)
         if is_path:
             init_kwargs = {"dtype": "auto", **(args.model_init_kwargs or {})}
@@ -745,10 +745,17 @@ def _check_output_dir(args: UnlearningConfig) -> None:
         )
 
 
-def _check_peft_config(peft_config: PeftConfig | None) -> None:
+def check_peft_config(peft_config: PeftConfig | None) -> None:
+    """Check that an adapter can be trained here, from its config alone.
+
+    Raises:
+        ValueError: It has no rank, or would not leave the base as it is.
+    """
     settings = {} if peft_config is None else peft_config.to_dict()
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(f"peft_config: {type(peft_config).__name__} puts nothing into the blocks; use a LoraConfig.")
+    if isinstance(peft_config, LoraConfig) and (not isinstance(peft_config.r, int) or peft_config.r < 1):
+        raise ValueError(f"peft_config: r={peft_config.r!r} is no rank; give a whole number of 1 or more.")
     bias = settings.get("bias", "none")
     if bias != "none":
         raise ValueError(

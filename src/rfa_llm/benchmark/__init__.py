@@ -3,6 +3,7 @@
 from rfa_llm.benchmark.picture import check_can_draw, draw
 from rfa_llm.benchmark.runs import (
     Run,
+    check_numbers,
     check_reference,
     check_settings,
     identity,
@@ -19,6 +20,7 @@ __all__ = [
     "Run",
     "at_best_learning_rate",
     "check_can_draw",
+    "check_numbers",
     "check_reference",
     "check_settings",
     "draw",

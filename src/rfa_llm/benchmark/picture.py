@@ -98,5 +98,6 @@ def trade_off(models: Mapping[str, dict], methods: Mapping[str, Sequence[dict]])
     axes.set_xlabel("model utility, as a share of the target's")
     axes.set_ylabel(f"forget quality (KS p-value; below {FLOOR:g} drawn there)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if methods:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -25,7 +25,7 @@ from rfa_llm.evaluation.suite import probabilities
 from rfa_llm.progress import bar_alone
 from rfa_llm.rivals import RIVALS, RivalConfig
 from rfa_llm.trainer import RFATrainer
-from rfa_llm.unlearning_trainer import DEFAULT_LORA, UnlearningTrainer
+from rfa_llm.unlearning_trainer import DEFAULT_LORA, UnlearningTrainer, check_peft_config
 
 # What `evaluate_tofu` reads in a retain-only model's log: numbers alone, none of the text.
 COMPARED_WITH = ("forget_truth_ratio", "mia_loss", "mia_min_k")
@@ -120,18 +120,20 @@ def score_model(
     result: Path,
     log_file: Path,
     scoring: Mapping[str, object],
+    may_be_missing: bool = False,
 ) -> dict:
     """Score a whole model, target or retain-only, unless its result is there.
 
     Args:
         name: in the table.
-        model: path of the model. Where the result is there it may be missing; a folder that is there is looked at, for
-            whether the result is of that model.
+        model: folder or Hub id of the model. Where the result is there it is looked at, for whether the result is of
+            that model.
         sets: as `evaluate_tofu` takes them.
         rows, scored: as a `Run` has them.
         result: where the result goes, without any text.
         log_file: where the log goes, with the questions and answers.
         scoring: more arguments of `evaluate_tofu`.
+        may_be_missing: whether a result alone is enough where `model` is no folder that is there.
 
     Returns:
         what is in the result file: as a run's, and under "compared_with" what of the log `evaluate_tofu` takes as
@@ -158,7 +160,7 @@ def score_model(
                 f"results: {result} was scored with {content.get('scored')}, not with {scored}; delete it, or choose "
                 "another results_dir."
             )
-        if Path(model).is_dir():
+        if not may_be_missing or Path(model).is_dir():
             _check_model(model, sets["forget"], content, result)
         return content
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(PartialState().device)
@@ -222,7 +224,7 @@ def identity(run: Run) -> dict[str, dict]:
     values = args.to_dict()
     in_full = {name: values[name] for name in (*own_settings(args), *KEPT, *ORDER, *STEP)}
     lora = DEFAULT_LORA if lora is None else lora
-    adapter = LoraConfig(**lora)
+    adapter = _lora_config(lora, run.method)
     in_full["lora"] = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout, **lora}
     settings = {name: value for name, value in run.settings.items() if (name, value) != ("holdout", False)}
     asked = {**vars(run), "settings": settings, "scored": dict(run.scored)}
@@ -340,7 +342,7 @@ def make_trainer(
     args, lora = _arguments(run, output_dir)
     given = {"forget_dataset": forget, "retain_dataset": retain}
     if lora is not None:
-        given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
+        given["peft_config"] = _lora_config(lora, run.method)
     if isinstance(args, RFAConfig):
         needs_holdout = sees_holdout(run.settings)
         if needs_holdout and holdout is None:
@@ -373,7 +375,7 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
         common["method"] = name
     config = RFAConfig if name == "rfa" else RivalConfig
     known = {field.name for field in fields(config)}
-    for setting, value in settings.items():
+    for setting in settings:
         if setting in common:
             raise ValueError(
                 f"methods: {run.method!r} has {setting!r}, which the comparison sets by itself; leave it out."
@@ -384,12 +386,42 @@ def _arguments(run: Run, output_dir: str) -> tuple[RFAConfig | RivalConfig, dict
                 f"methods: {run.method!r} has {setting!r}, which is no field of {config.__name__}; "
                 f"{f'did you mean {near[0]!r}?' if near else 'docs/api.md has its fields.'}"
             )
+    check_numbers(settings, f"methods: {run.method!r} has")
+    return config(**common, **settings), lora
+
+
+def _lora_config(lora: Mapping[str, object], method: str) -> LoraConfig:
+    """The adapter's config from its fields.
+
+    Raises:
+        ValueError: They are none of `LoraConfig`, or no adapter that can be trained here.
+    """
+    check_numbers(lora, f"methods: {method!r} has lora with")
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+        check_peft_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"methods: {method!r} has lora: {dict(lora)} ({error}); give fields of LoraConfig with their values."
+        ) from error
+    return config
+
+
+def check_numbers(settings: Mapping[str, object], where: str) -> None:
+    """Check that no number of a recipe was read as text.
+
+    Args:
+        settings: Name -> value.
+        where: What has them, for the message.
+
+    Raises:
+        ValueError: One was.
+    """
+    for setting, value in settings.items():
         if isinstance(value, str) and _is_number(value):
             raise ValueError(
-                f"methods: {run.method!r} has {setting!r} as the text {value!r}; YAML sees a number where there "
-                "is a dot, such as 2.0e-4."
+                f"{where} {setting!r} as the text {value!r}; YAML sees a number where there is a dot, such as 2.0e-4."
             )
-    return config(**common, **settings), lora
 
 
 def _is_number(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rfa_llm.benchmark import (
     Run,
     at_best_learning_rate,
     check_can_draw,
+    check_numbers,
     check_reference,
     check_settings,
     draw,
@@ -32,7 +34,8 @@ from rfa_llm.benchmark import (
     table,
     train_and_score,
 )
-from rfa_llm.blocks import read_config
+from rfa_llm.blocks import num_blocks, read_config, resolve_blocks
+from rfa_llm.calibration import NothingToForgetError
 from rfa_llm.checkpoints import digest
 from rfa_llm.cli.demo import DemoArguments, make_models
 from rfa_llm.cli.finetune import FinetuneConfig, FinetuneModelConfig, finetune
@@ -45,6 +48,8 @@ from rfa_llm.evaluation.suite import check_questions, check_sizes
 
 # What the result files of a method are called; with a star in the name's place, those of all.
 RESULT = "{name}_lr*_seed*.json"
+# The settings that name one.
+MODELS = ("target_model", "retain_model", "base_model")
 # Beside a model that was fine-tuned here, what it was fine-tuned on.
 TRAINED_ON = "trained_on.json"
 
@@ -126,25 +131,28 @@ class BenchmarkArguments:
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{field_name}: {value!r} is no mapping; give names with their values.")
         for name, settings in self.methods.items():
-            if not re.fullmatch(r"[\w.-]+", str(name)):
+            if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w.-]{0,49}", name):
                 raise ValueError(
-                    f"methods: {name!r} becomes part of file names; use letters, digits, '_', '-' and '.' alone."
+                    f"methods: {name!r} becomes part of file names; give text (in quotes, where YAML sees another "
+                    "thing) of at most 50 letters, digits, '_', '-' and '.', with a letter or digit first."
                 )
-            if not isinstance(settings, dict) or "trainer" not in settings:
+            if name in ("target", "retain-only"):
+                raise ValueError(f"methods: {name!r} is the name of a row of the table already; give it another.")
+            if not isinstance(settings, dict) or not isinstance(settings.get("trainer"), str):
                 raise ValueError(f"methods: {name!r} is {settings!r}; give it a `trainer`, rfa or a rival's name.")
             rates = settings.get("learning_rates", self.learning_rates)
             if not isinstance(rates, list) or not rates:
                 raise ValueError(f"methods: {name!r} has learning_rates: {rates!r}; give a list, such as [2.0e-4].")
-            lora = settings.get("lora", {})
+            whole = {**(self.training or {}), **settings}
+            lora = whole.get("lora", {})
             if not isinstance(lora, dict):
                 raise ValueError(f"methods: {name!r} has lora: {lora!r}; give fields of LoraConfig with their values.")
-            whole = {**(self.training or {}), **settings}
             if sees_holdout(whole) and self.holdout_dataset is None:
                 raise ValueError(
                     f"holdout_dataset: none is given, and {name!r} has stop_at={whole['stop_at']!r} and "
                     f"{'holdout' if whole.get('holdout') else 'no teacher'}; give rows that no model saw."
                 )
-        unknown = sorted(set(self.only or ()) - set(self.methods))
+        unknown = [name for name in self.only or () if name not in self.methods]
         if unknown:
             raise ValueError(f"only: {unknown} are not among the methods {list(self.methods)}; name some of those.")
         are_whole = isinstance(self.points, int) and isinstance(self.max_steps, int)
@@ -155,7 +163,8 @@ class BenchmarkArguments:
         if not self.learning_rates or not self.seeds:
             raise ValueError("learning_rates, seeds: both need at least one number.")
         for seed in self.seeds:
-            if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            # YAML reads `yes` as a bool, which is an int.
+            if type(seed) is not int or not 0 <= seed < 2**32:
                 raise ValueError(f"seeds: {seed!r} is no seed; give whole numbers from 0 to {2**32 - 1}.")
         for rate in [
             *self.learning_rates,
@@ -166,9 +175,13 @@ class BenchmarkArguments:
                     f"learning_rates: {rate!r} is no number with a dot, which YAML needs to see one; write 2.0e-4."
                 )
             if not 0 < rate < math.inf:
-                raise ValueError(f"learning_rates: {rate!r} is not above 0; give rates that are.")
+                raise ValueError(f"learning_rates: {rate!r} is no finite number above 0; give rates that are.")
         check_sizes(self.batch_size, self.max_new_tokens)
-        makes = ("target_model", "retain_model", "base_model", "finetuning", "data_dir", "facts_dir")
+        for name in ("output_dir", "results_dir", "data_dir", "facts_dir", "holdout_dataset", *MODELS):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "output_dir"):
+                raise ValueError(f"{name}: {value!r} is no text; give a path.")
+        makes = (*MODELS, "finetuning", "data_dir", "facts_dir")
         unread = [name for name in makes if getattr(self, name) is not None]
         if self.demo_models and unread:
             raise ValueError(
@@ -176,6 +189,31 @@ class BenchmarkArguments:
             )
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
+
+
+def finetune_recipe(args: BenchmarkArguments, output_dir: str) -> FinetuneConfig:
+    """The recipe that target and retain-only model are fine-tuned by.
+
+    Raises:
+        ValueError: `finetuning` has a setting that is none, or a value that it does not take.
+    """
+    given = args.finetuning or {}
+    check_numbers(given, "finetuning: it has")
+    try:
+        return FinetuneConfig(output_dir=output_dir, **{"report_to": "none", "use_cpu": args.use_cpu, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"finetuning: {error}; give settings of `rfa-llm finetune`, but for output_dir.") from error
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Check that a folder can be written to, or made, without making it.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{setting}: {folder} cannot be written to; give another folder.")
 
 
 def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -> tuple[str, str]:
@@ -230,9 +268,8 @@ def make_missing_models(args: BenchmarkArguments, folder: Path, results: Path) -
             set_seed(0)
             model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-            recipe = {"report_to": "none", "use_cpu": args.use_cpu, **(args.finetuning or {})}
             making = _emptied(path)
-            recipe = FinetuneConfig(output_dir=str(making), **recipe)
+            recipe = finetune_recipe(args, str(making))
             finetune(model, tokenizer, dataset, recipe, get_peft_config(FinetuneModelConfig()))
             write_log(trained_on, making / TRAINED_ON)
             making.rename(path)
@@ -355,24 +392,41 @@ def check_methods(args: BenchmarkArguments) -> None:
         identity(planned(args, name, args.learning_rates[0], args.seeds[0], rows="", scored={}))
 
 
+def check_with_models(run: Run, target: str) -> None:
+    """Check those of a run's settings that hang on models: the teacher and the blocks.
+
+    Raises:
+        ValueError: There is no such teacher, or no such block in the target.
+    """
+    teacher, blocks = run.settings.get("teacher"), run.settings.get("blocks")
+    if teacher is not None:
+        read_config(teacher, f"methods: {run.method!r} has teacher", "the checkpoint from before the fine-tuning")
+    if blocks is not None:
+        resolve_blocks(blocks, num_blocks(read_config(target, "target_model", "a causal language model")))
+
+
 def benchmark(args: BenchmarkArguments) -> str:
     """Run what is missing, write the table and the picture, and return the table.
 
     Raises:
         ValueError: A setting, a set, a model or a result that is there is not what it should be; before any training
-            where that can be. Or some runs came to losses that are not finite; the table has the others.
+            where that can be. Or some runs came to losses that are not finite, or had nothing to forget by their
+            `stop_at`; the table has the others.
     """
     # What is wrong ends it now and not after hours.
     check_can_draw()
     check_methods(args)
+    finetune_recipe(args, args.output_dir)
+    folder = Path(args.output_dir)
+    results = Path(args.results_dir or folder / "results")
+    check_writable(folder, "output_dir")
+    check_writable(results, "results_dir")
 
     # The first to ask decides on the device, for scoring as for training.
     PartialState(cpu=args.use_cpu)
     if args.demo_models:
         # As in the demo: matrices this small are not worth sharing.
         torch.set_num_threads(1)
-    folder = Path(args.output_dir)
-    results = Path(args.results_dir or folder / "results")
     # The demo's data is made with its models; data that is given is read before hours of training.
     made = make_missing_models(args, folder, results) if args.demo_models else None
     data_dir = str(folder / "models" / "data") if args.demo_models else args.data_dir
@@ -397,7 +451,8 @@ def benchmark(args: BenchmarkArguments) -> str:
 
     def whole(name: str, model: str) -> dict:
         log_file = folder / "logs" / f"{name}.json"
-        return score_model(name, model, sets, rows, scored, results / f"{name}.json", log_file, scoring)
+        file, is_enough = results / f"{name}.json", name == "retain-only"
+        return score_model(name, model, sets, rows, scored, file, log_file, scoring, may_be_missing=is_enough)
 
     target_file = results / "target.json"
     # Of other recipes too: their runs would be held against this target's utility later.
@@ -407,8 +462,20 @@ def benchmark(args: BenchmarkArguments) -> str:
             f"results: {results} has {orphans[0]}, but no {target_file.name} that would say which target it is of; "
             "delete the runs too, or choose another results_dir."
         )
+    first_runs = {
+        name: [prepared(name, rate, args.seeds[0]) for rate in settings.get("learning_rates", args.learning_rates)]
+        for name, settings in args.methods.items()
+        if not args.only or name in args.only
+    }
+    for one in (one for of_method in first_runs.values() for one in of_method):
+        if not (results / f"{run_name(one)}.json").exists():
+            check_with_models(one, target)
     retain_result = whole("retain-only", retain_only)
-    scoring["retain_log"] = retain_result["compared_with"]
+    compared_with = dict(retain_result["compared_with"])
+    # On few rows the forgotten ones may all look like members by chance; PrivLeak has no ratio to that.
+    if compared_with.get("mia_min_k", {"agg_value": 0.0})["agg_value"] == 1:
+        del compared_with["mia_min_k"]
+    scoring["retain_log"] = compared_with
     models = {"target": whole("target", target), "retain-only": retain_result}
     check_reference(models["target"], retain_result, target_file)
     models["retain-only"]["points"][0]["summary"].setdefault("forget_quality", 1.0)
@@ -419,7 +486,7 @@ def benchmark(args: BenchmarkArguments) -> str:
             f"0, see {results / 'target.json'}); give a better model, or sets that it knows."
         )
 
-    broken = []
+    broken = {}
 
     def run(one: Run) -> None:
         file = results / f"{run_name(one)}.json"
@@ -427,10 +494,10 @@ def benchmark(args: BenchmarkArguments) -> str:
         to = folder / "runs" / run_name(one)
         try:
             train_and_score(one, target, forget, retain, holdout, sets, file, to, scoring)
-        except (FloatingPointError, BrokenModelError) as error:
+        except (FloatingPointError, BrokenModelError, NothingToForgetError) as error:
             # The other rates and methods are worth having.
             print(f"{run_name(one)} has no result: {error}", flush=True)
-            broken.append(run_name(one))
+            broken[run_name(one)] = error
 
     def chosen(name: str) -> list[dict]:
         """A method's results, of other times too, at the learning rate that is best on the seed that has most."""
@@ -459,11 +526,9 @@ def benchmark(args: BenchmarkArguments) -> str:
     # Results that do not belong here end it now, too.
     for name in args.methods:
         chosen(name)
-    for name, settings in args.methods.items():
-        if args.only and name not in args.only:
-            continue
-        for rate in settings.get("learning_rates", args.learning_rates):
-            run(prepared(name, rate, args.seeds[0]))
+    for name, of_method in first_runs.items():
+        for one in of_method:
+            run(one)
         done = chosen(name)
         for seed in args.seeds[1:] if done else []:
             run(prepared(name, done[0]["run"]["learning_rate"], seed))
@@ -474,9 +539,10 @@ def benchmark(args: BenchmarkArguments) -> str:
     draw(models, methods, results / "picture.svg")
     print(f"\n{text}\nResults, table.md and picture.svg are in {results}.")
     if broken:
+        reasons = ", ".join(f"{name} ({str(error).rstrip('.')})" for name, error in broken.items())
         raise ValueError(
-            f"learning_rates: {', '.join(broken)} came to losses that are not finite and have no result; give lower "
-            "ones."
+            f"methods: there is no result of {reasons}; the table has the other runs. Give lower learning rates or "
+            "other settings."
         )
     return text
 

@@ -152,10 +152,12 @@ def check_sizes(batch_size: int, max_new_tokens: int) -> None:
     """Check two settings of `evaluate_tofu`.
 
     Raises:
-        ValueError: one is below 1.
+        ValueError: one is no whole number, or below 1.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"batch_size, max_new_tokens: {batch_size} and {max_new_tokens} must both be 1 or more.")
+    if any(not isinstance(size, int) or size < 1 for size in (batch_size, max_new_tokens)):
+        raise ValueError(
+            f"batch_size, max_new_tokens: {batch_size} and {max_new_tokens} must both be whole numbers of 1 or more."
+        )
 
 
 def check_questions(
