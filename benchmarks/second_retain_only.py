@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rfa_llm.benchmark.environment import environment
 from rfa_llm.benchmark.runs import point
-from rfa_llm.cli.benchmark import holdout_halves
+from rfa_llm.benchmark.sets import holdout_halves
 from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets
 from rfa_llm.evaluation import evaluate_tofu, write_log

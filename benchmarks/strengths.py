@@ -38,7 +38,7 @@ from shift_goals import answer_figures, answer_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rfa_llm.benchmark.environment import environment
-from rfa_llm.cli.benchmark import unseen
+from rfa_llm.benchmark.sets import unseen
 from rfa_llm.data.formats import load_rows, prepare
 from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import evaluate_tofu, forget_truth_ratios, summary, write_log

@@ -25,10 +25,11 @@ from rfa_llm.benchmark import (
     sees_holdout,
     table,
     train_and_score,
+    unseen,
 )
 from rfa_llm.benchmark.picture import FLOOR, trade_off
 from rfa_llm.cli import benchmark as cli_benchmark
-from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark, unseen
+from rfa_llm.cli.benchmark import BenchmarkArguments, benchmark
 from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import evaluate_tofu, summary
 

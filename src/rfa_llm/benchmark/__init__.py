@@ -14,6 +14,7 @@ from rfa_llm.benchmark.runs import (
     sees_holdout,
     train_and_score,
 )
+from rfa_llm.benchmark.sets import check_rows, holdout_halves, unseen
 from rfa_llm.benchmark.table import at_best_learning_rate, table
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "check_can_draw",
     "check_numbers",
     "check_reference",
+    "check_rows",
     "check_settings",
     "draw",
+    "holdout_halves",
     "identity",
     "read_result",
     "rows_digest",
@@ -32,4 +35,5 @@ __all__ = [
     "sees_holdout",
     "table",
     "train_and_score",
+    "unseen",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_peft_config
 
@@ -23,8 +23,10 @@ from rfa_llm.benchmark import (
     check_can_draw,
     check_numbers,
     check_reference,
+    check_rows,
     check_settings,
     draw,
+    holdout_halves,
     identity,
     read_result,
     rows_digest,
@@ -44,7 +46,7 @@ from rfa_llm.data.formats import load_rows
 from rfa_llm.data.tofu import load_question_sets, load_tofu
 from rfa_llm.evaluation import write_log
 from rfa_llm.evaluation.scores import BrokenModelError
-from rfa_llm.evaluation.suite import check_questions, check_sizes
+from rfa_llm.evaluation.suite import check_sizes
 
 # What the result files of a method are called; with a star in the name's place, those of all.
 RESULT = "{name}_lr*_seed*.json"
@@ -282,88 +284,6 @@ def _emptied(path: Path) -> Path:
     making = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(making, ignore_errors=True)
     return making
-
-
-def check_rows(forget: Dataset, retain: Dataset, sets: dict[str, Dataset]) -> None:
-    """Check that what is asked is of what is trained on.
-
-    Args:
-        forget, retain: the sets to train on.
-        sets: the questions, as `evaluate_tofu` takes them.
-
-    Raises:
-        ValueError: The two share a row or have other columns than TOFU's, a question of the forget set's is of another
-            set, or one of the retain set's is to be forgotten.
-    """
-    for setting, rows in (("forget_config", forget), ("retain_config", retain)):
-        if not {"question", "answer"} <= set(rows.column_names):
-            raise ValueError(f"{setting}: its columns are {rows.column_names}; give rows of question and answer.")
-    check_questions(sets, None)
-
-    def pairs(rows: Dataset) -> set[tuple[str, str]]:
-        return set(zip(rows["question"], rows["answer"], strict=True))
-
-    both = len(pairs(forget) & pairs(retain))
-    if both:
-        raise ValueError(f"forget_config, retain_config: {both} rows are in both sets; remove them from one of them.")
-    questions = set(forget["question"])
-    others = sum(question not in questions for question in sets["forget"]["question"])
-    if others:
-        raise ValueError(
-            f"forget_perturbed_config: {others} of its {len(sets['forget'])} questions are not in the forget set "
-            "(forget_config); give the perturbed split of that set."
-        )
-    forgotten = len(pairs(forget) & pairs(sets["retain"]))
-    if forgotten:
-        raise ValueError(
-            f"retain_perturbed_config: {forgotten} of its {len(sets['retain'])} rows are in the forget set "
-            "(forget_config); give questions of what should stay."
-        )
-
-
-def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
-    """The rows, question and answer alone, whose questions are in neither set.
-
-    Raises:
-        ValueError: They have no questions and answers, or less than two questions are in neither.
-    """
-    if not {"question", "answer"} <= set(rows.column_names):
-        raise ValueError(f"holdout_dataset: its columns are {rows.column_names}; give rows of question and answer.")
-    rows = rows.select_columns(["question", "answer"])
-    for index, row in enumerate(rows):
-        for column, text in row.items():
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"holdout_dataset row {index}: {column} is {text!r}; give text or drop the row.")
-    trained = {*forget["question"], *retain["question"]}
-    indices = [index for index, question in enumerate(rows["question"]) if question not in trained]
-    if len({rows["question"][index] for index in indices}) < 2:
-        raise ValueError(
-            f"holdout_dataset: {len(indices)} of its {len(rows)} rows are in neither the forget nor the retain set; "
-            "give at least two questions that are not."
-        )
-    return rows.select(indices)
-
-
-def holdout_halves(rows: Dataset, forget: Dataset, retain: Dataset) -> tuple[Dataset, Dataset]:
-    """The rows that the membership attacks are scored on, and others for `stop_at`, which may be none.
-
-    A run that stops by itself is not scored on what it has seen. The rows are drawn, because TOFU asks every author
-    the same kinds of question in the same order.
-
-    Args:
-        rows: A holdout set.
-        forget, retain: As of `unseen`. Each half has at most as many rows as the forget set.
-
-    Raises:
-        ValueError: As of `unseen`.
-    """
-    new = unseen(rows, forget, retain).shuffle(seed=0, keep_in_memory=True)
-    number = min(len(forget), len(new) // 2)
-    attacked = new.select(range(number))
-    # A set may ask a question twice.
-    scored_on = set(attacked["question"])
-    others = [i for i, question in enumerate(new["question"]) if i >= number and question not in scored_on]
-    return attacked, new.select(others[:number])
 
 
 def planned(
