@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -26,7 +27,7 @@ def test_a_second_retain_only_model_is_scored_against_the_first(tmp_path, monkey
     first = [0.01 * (1 + i) for i in range(len(rows))]
     kept = {"forget_truth_ratio": {"value_by_index": {str(i): {"score": one} for i, one in enumerate(first)}}}
     (tmp_path / "retain-only.json").write_text(json.dumps({"compared_with": kept}))
-    words = {"model": tmp_path / "model", "data_dir": tmp_path, "facts_dir": tmp_path}
+    words = {"model": tmp_path / "model", "seed": 1, "data_dir": tmp_path, "facts_dir": tmp_path}
     words |= {"full": tmp_path / "full.jsonl", "holdout_dataset": tmp_path / "new.jsonl"}
     words |= {"retain_result": tmp_path / "retain-only.json", "output": tmp_path / "second.json"}
     line = ["second_retain_only.py", *(str(word) for name, value in words.items() for word in (f"--{name}", value))]
@@ -41,6 +42,12 @@ def test_a_second_retain_only_model_is_scored_against_the_first(tmp_path, monkey
     quality = ks_2samp(first, ratios).pvalue
     assert found["summary"]["forget_quality"] == pytest.approx(quality)
     assert quality < 0.9
+    # Each question's two logarithms may change places.
+    ours, theirs = (logs - logs.mean() for logs in (np.log(ratios), np.log(first)))
+    swaps = np.array(list(itertools.product([False, True], repeat=len(rows))))
+    apart = np.where(swaps, theirs, ours).std(axis=1) - np.where(swaps, ours, theirs).std(axis=1)
+    tail = min(np.mean(apart >= apart[0] - 1e-9), np.mean(apart <= apart[0] + 1e-9))
+    assert found["p_of_the_deviation"] == pytest.approx(min(1, 2 * tail))
     # Half of the new rows, and none that the models know.
     known = answer_losses(model, tokenizer, rows)
     aucs = [np.mean([one < unseen for one in known]) for unseen in answer_losses(model, tokenizer, holdout)]
