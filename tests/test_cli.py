@@ -152,22 +152,24 @@ def test_finetune_is_refused_where_several_processes_were_started(tmp_path, monk
 
 
 @pytest.mark.parametrize("command", [finetune, evaluate], ids=["finetune", "evaluate"])
-def test_an_adapter_is_no_model(command, tmp_path):
-    # transformers would load it onto its base without a word.
-    get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    out = ["--output_dir", str(tmp_path / "out")] if command is finetune else []
-    with pytest.raises(ValueError, match="^model_name_or_path: '.*lora' is an adapter and no whole model; give"):
-        command.main(["--model_name_or_path", str(tmp_path / "lora"), *out])
-
-
-@pytest.mark.parametrize("command", [finetune, evaluate], ids=["finetune", "evaluate"])
-def test_a_model_that_is_not_there_is_named(command, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no/such/model", "^model_name_or_path: 'no/such/model' is no model .there is no such folder"),
+        # transformers would load it onto its base without a word.
+        ("lora", "^model_name_or_path: '.*lora' is an adapter and no whole model; give"),
+    ],
+)
+def test_what_is_no_model_is_named(model, message, command, data_dir, tmp_path):
+    if model == "lora":
+        model = str(tmp_path / "lora")
+        get_peft_model(tiny_llama(), tiny_lora(target_modules=["q_proj"])).save_pretrained(model)
     words = {
         finetune: ["--train_dataset", str(data_dir / "forget.jsonl"), "--output_dir", str(tmp_path / "out")],
         evaluate: ["--data_dir", str(data_dir), "--forget_config", "forget_perturbed"],
     }
-    with pytest.raises(ValueError, match="^model_name_or_path: 'no/such/model' is no model .there is no such folder"):
-        command.main(["--model_name_or_path", "no/such/model", *words[command]])
+    with pytest.raises(ValueError, match=message):
+        command.main(["--model_name_or_path", model, *words[command]])
     assert not (tmp_path / "out").exists()
 
 

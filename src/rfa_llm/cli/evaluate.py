@@ -89,11 +89,11 @@ def score(args: EvaluateArguments) -> dict:
     if args.adapter_name_or_path is not None:
         adapter = read_adapter(args.adapter_name_or_path)
         source = base_revision(adapter.revision, adapter.base_model_name_or_path, args.model_name_or_path) | source
-    read_config(args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
     sets = load_question_sets(args.data_dir, args.facts_dir, args.forget_config, args.retain_config)
     if args.holdout_dataset is not None:
         sets["holdout"] = load_rows(args.holdout_dataset, "holdout_dataset", args.holdout_config)
     retain_log = check_questions(sets, args.retain_log, args.gradient_norm)
+    read_config(args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **source)
     if args.adapter_name_or_path is not None:
         model = on_its_base(model, args.adapter_name_or_path)

@@ -133,9 +133,9 @@ def main(argv: list[str]) -> None:
     data_args, training_args, model_args = read_settings(dataclasses, "finetune", argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path: no model is given; pass an id or a path.")
+    dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     source = {"revision": model_args.model_revision}
     read_config(model_args.model_name_or_path, "model_name_or_path", "a causal language model", **source)
-    dataset = load_rows(data_args.train_dataset, "train_dataset", data_args.train_config, data_args.dataset_split)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype, **source)
     if model_args.attn_implementation is not None:
