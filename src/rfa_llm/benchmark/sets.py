@@ -19,8 +19,7 @@ def check_rows(forget: Dataset, retain: Dataset, sets: dict[str, Dataset]) -> No
             set, or one of the retain set's is to be forgotten.
     """
     for setting, rows in (("forget_config", forget), ("retain_config", retain)):
-        if not {"question", "answer"} <= set(rows.column_names):
-            raise ValueError(f"{setting}: its columns are {rows.column_names}; give rows of question and answer.")
+        _check_columns(rows, setting)
     check_questions(sets, None)
 
     def pairs(rows: Dataset) -> set[tuple[str, str]]:
@@ -44,14 +43,18 @@ def check_rows(forget: Dataset, retain: Dataset, sets: dict[str, Dataset]) -> No
         )
 
 
+def _check_columns(rows: Dataset, setting: str) -> None:
+    if not {"question", "answer"} <= set(rows.column_names):
+        raise ValueError(f"{setting}: its columns are {rows.column_names}; give rows of question and answer.")
+
+
 def unseen(rows: Dataset, forget: Dataset, retain: Dataset) -> Dataset:
     """The rows, question and answer alone, whose questions are in neither set.
 
     Raises:
         ValueError: They have no questions and answers, or less than two questions are in neither.
     """
-    if not {"question", "answer"} <= set(rows.column_names):
-        raise ValueError(f"holdout_dataset: its columns are {rows.column_names}; give rows of question and answer.")
+    _check_columns(rows, "holdout_dataset")
     rows = rows.select_columns(["question", "answer"])
     for index, row in enumerate(rows):
         for column, text in row.items():

@@ -145,7 +145,7 @@ class BenchmarkArguments:
             rates = settings.get("learning_rates", self.learning_rates)
             if not isinstance(rates, list) or not rates:
                 raise ValueError(f"methods: {name!r} has learning_rates: {rates!r}; give a list, such as [2.0e-4].")
-            whole = {**(self.training or {}), **settings}
+            whole = self.settings_of(name)
             lora = whole.get("lora", {})
             if not isinstance(lora, dict):
                 raise ValueError(f"methods: {name!r} has lora: {lora!r}; give fields of LoraConfig with their values.")
@@ -191,6 +191,11 @@ class BenchmarkArguments:
             )
         if not self.demo_models and self.data_dir is None:
             raise ValueError("data_dir: no data is given; give the folder with TOFU's files, or set demo_models.")
+
+    def settings_of(self, method: str) -> dict[str, object]:
+        """A method's settings, with those of every run where it has none of its own, without its learning rates."""
+        own = {name: value for name, value in self.methods[method].items() if name != "learning_rates"}
+        return {"use_cpu": self.use_cpu, **(self.training or {}), **own}
 
 
 def finetune_recipe(args: BenchmarkArguments, output_dir: str) -> FinetuneConfig:
@@ -296,8 +301,7 @@ def planned(
     stop_rows: str | None = None,
 ) -> Run:
     """One run of a method; `rows`, `scored` and `stop_rows` as `Run` has them, where the method sees holdout rows."""
-    own = {setting: value for setting, value in args.methods[name].items() if setting != "learning_rates"}
-    settings = {"use_cpu": args.use_cpu, **(args.training or {}), **own}
+    settings = args.settings_of(name)
     seen = stop_rows if sees_holdout(settings) else None
     return Run(name, settings, learning_rate, seed, args.max_steps, args.points, rows, scored, seen)
 
@@ -357,7 +361,7 @@ def benchmark(args: BenchmarkArguments) -> str:
     if args.holdout_dataset is not None:
         sets["holdout"], holdout = holdout_halves(load_rows(args.holdout_dataset, "holdout_dataset"), forget, retain)
         scored["holdout"], stop_rows = (digest(json.dumps(half[:])) for half in (sets["holdout"], holdout))
-        if not len(holdout) and any(sees_holdout({**(args.training or {}), **one}) for one in args.methods.values()):
+        if not len(holdout) and any(sees_holdout(args.settings_of(name)) for name in args.methods):
             raise ValueError(
                 "holdout_dataset: the rows that are drawn for the membership attacks have all its questions, and none "
                 "is left for stop_at; give more questions that no model saw."
